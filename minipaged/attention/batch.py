@@ -1,0 +1,83 @@
+"""What a paged attention needs to know of a step: the queries, contexts and tables of its sequences.
+
+Built once per step and read by every layer.  All attentions take the same description, so
+that a slow one, a fast one and a kernel can stand in for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+PagedAttention = Callable[
+    [
+        Float[Tensor, "tokens heads head_dim"],
+        Float[Tensor, "num_blocks block_size kv_heads head_dim"],
+        Float[Tensor, "num_blocks block_size kv_heads head_dim"],
+    ],
+    Float[Tensor, "tokens heads head_dim"],
+]
+"""Queries, key cache and value cache of a layer in, attention out."""
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """The sequences of one step; sequence i owns rows query_starts[i]:query_starts[i + 1].
+
+    query_lengths: new tokens of each sequence, at least 1; they are the last of its context.
+    context_lengths: tokens of each sequence in the cache, the new ones included.
+    block_tables: physical blocks, row i padded behind its ceil(context / block_size) blocks
+        with an id that must not be read.
+    """
+
+    block_size: int
+    query_lengths: Int[np.ndarray, " seqs"]
+    context_lengths: Int[np.ndarray, " seqs"]
+    block_tables: Int[np.ndarray, "seqs max_blocks"]
+
+    PADDING = np.iinfo(np.int32).max
+
+    @classmethod
+    def from_lists(
+        cls,
+        block_size: int,
+        query_lengths: Sequence[int],
+        context_lengths: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+    ) -> PagedBatch:
+        """The batch of tables of unequal length."""
+        widest = max(map(len, block_tables), default=0)
+        tables = np.full((len(block_tables), widest), cls.PADDING, dtype=np.int64)
+        for row, table in zip(tables, block_tables, strict=True):
+            row[: len(table)] = table
+        return cls(
+            block_size,
+            np.asarray(query_lengths, dtype=np.int64),
+            np.asarray(context_lengths, dtype=np.int64),
+            tables,
+        )
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences of the step."""
+        return len(self.query_lengths)
+
+    @property
+    def query_starts(self) -> Int[np.ndarray, " seqs_plus_one"]:
+        """First row of every sequence, and the number of rows at the end."""
+        return np.concatenate(([0], np.cumsum(self.query_lengths)))
+
+    def positions(self) -> Int[np.ndarray, " tokens"]:
+        """Position of every new token in its sequence."""
+        first = self.context_lengths - self.query_lengths - self.query_starts[:-1]
+        return np.arange(self.query_lengths.sum()) + np.repeat(first, self.query_lengths)
+
+    def slots(self) -> Int[np.ndarray, " tokens"]:
+        """Slot in which the keys and values of every new token are stored."""
+        seqs = np.repeat(np.arange(self.num_seqs), self.query_lengths)
+        logical, offset = np.divmod(self.positions(), self.block_size)
+        return self.block_tables[seqs, logical] * self.block_size + offset

@@ -1,0 +1,1 @@
+"""Who owns which block of the KV cache.  Nothing here but `kv_cache.py` imports torch."""

@@ -1,0 +1,144 @@
+"""One decoder for every family: OPT, GPT-2, LLaMA, Mistral, Qwen2, Qwen3.
+
+The network sees a flat list of tokens, prompt and decoding tokens of all sequences mixed,
+and never learns where one sequence ends: only attention needs to know, and attention is
+the `attend` callback.  The engine passes one that pages, the training script one that does
+not.  Queries, keys and values are one projection, and so are gate and up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minipaged.models import rotary
+from minipaged.models.config import Activation, ModelConfig
+
+
+class Attend(Protocol):
+    """Attention over everything that each token may see, itself included."""
+
+    def __call__(
+        self,
+        layer: int,
+        query: Float[Tensor, "tokens heads head_dim"],
+        key: Float[Tensor, "tokens kv_heads head_dim"],
+        value: Float[Tensor, "tokens kv_heads head_dim"],
+    ) -> Float[Tensor, "tokens heads head_dim"]: ...
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def _norm(config: ModelConfig, size: int) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(size, eps=config.norm_eps)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.config, self.index = config, index
+        hidden, attended = config.hidden_size, config.num_heads * config.head_dim
+        widened = config.intermediate_size * (2 if config.gated_mlp else 1)
+        self.attention_norm = _norm(config, hidden)
+        self.qkv_proj = nn.Linear(hidden, config.qkv_size, bias=config.qkv_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.o_proj = nn.Linear(attended, hidden, bias=config.output_bias)
+        self.mlp_norm = _norm(config, hidden)
+        self.up_proj = nn.Linear(hidden, widened, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=config.mlp_bias)
+
+    def forward(
+        self,
+        residual: Float[Tensor, "tokens hidden"],
+        rotation: tuple[Tensor, Tensor] | None,
+        attend: Attend,
+    ) -> Float[Tensor, "tokens hidden"]:
+        residual = residual + self._attention(self.attention_norm(residual), rotation, attend)
+        return residual + self._mlp(self.mlp_norm(residual))
+
+    def _attention(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attend: Attend
+    ) -> Tensor:
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        qkv = self.qkv_proj(x).view(len(x), heads + 2 * kv_heads, self.config.head_dim)
+        query_and_key, value = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        if self.config.qk_norm:
+            query, key = query_and_key.split((heads, kv_heads), dim=1)
+            query_and_key = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
+        if rotation is not None:
+            query_and_key = rotary.rotate(query_and_key, *rotation)
+        query, key = query_and_key.split((heads, kv_heads), dim=1)
+        return self.o_proj(attend(self.index, query, key, value).flatten(1))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        activation = ACTIVATIONS[self.config.activation]
+        up = self.up_proj(x)
+        if self.config.gated_mlp:
+            gate, up = up.chunk(2, dim=-1)
+            return self.down_proj(activation(gate) * up)
+        return self.down_proj(activation(up))
+
+
+class Decoder(nn.Module):
+    """Token ids in, logits out; the rows of `up_proj` are gate first, then up, if gated."""
+
+    rotation_table: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.rope is None:
+            rows = config.max_positions + config.learned_position_offset
+            self.embed_positions = nn.Embedding(rows, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.final_norm = _norm(config, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("rotation_table", torch.empty(0), persistent=False)
+
+    def forward(
+        self,
+        token_ids: Int[Tensor, " tokens"],
+        positions: Int[Tensor, " tokens"],
+        attend: Attend,
+        logits_at: Int[Tensor, " rows"] | None = None,
+    ) -> Float[Tensor, "rows vocab"]:
+        """Logits of the tokens at `logits_at` (all if None); the others skip the largest matrix."""
+        x = self.embed_tokens(token_ids)
+        rotation = None
+        if self.config.rope is None:
+            x = x + self.embed_positions(positions + self.config.learned_position_offset)
+        else:
+            rotation = rotary.look_up(self._rotation_table(x.dtype), positions)
+        for layer in self.layers:
+            x = layer(x, rotation, attend)
+        if logits_at is not None:
+            x = x[logits_at]
+        return self.lm_head(self.final_norm(x))
+
+    def _rotation_table(self, dtype: torch.dtype) -> Tensor:
+        """The table of all positions, made at the first step: the loader builds on `meta`."""
+        assert self.config.rope is not None
+        if self.rotation_table.numel() == 0 or self.rotation_table.dtype != dtype:
+            self.rotation_table = rotary.rotation_table(
+                self.config.rope, self.config.head_dim, self.config.context_length, dtype
+            ).to(self.embed_tokens.weight.device)
+        return self.rotation_table

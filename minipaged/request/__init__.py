@@ -1,0 +1,1 @@
+"""What is asked: sampling parameters, sequences and sequence groups."""

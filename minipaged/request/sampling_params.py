@@ -1,0 +1,130 @@
+"""How one request wants its tokens drawn and when it ends.
+
+Names, defaults and meanings are those of vLLM's `SamplingParams`.  Only validation lives
+here; the arithmetic is in `decoding/sampler.py`, the stopping in `decoding/stopping.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from minipaged.errors import InvalidRequestError
+
+LARGEST_LOGPROBS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Decoding options of one request.
+
+    temperature: 0 is greedy; 1 is the model's own distribution.
+    top_k: draw among the k most likely tokens; 0 or -1 for all.
+    top_p: draw among the fewest most likely tokens whose probabilities reach top_p.
+    min_p: drop tokens less likely than min_p times the likeliest.
+    repetition_penalty: above 1 discourages tokens of the prompt and the output (CTRL, 2019).
+    presence_penalty, frequency_penalty: subtracted from the logits of output tokens, once or
+        once per occurrence (OpenAI's definition).
+    max_tokens: output tokens at most; None is as many as the context and the pool allow.
+    min_tokens: output tokens before an end-of-sequence or stop token may be drawn.
+    stop: strings that end the output (and are cut off it unless include_stop_str_in_output).
+    stop_token_ids: tokens that end the output like the model's end-of-sequence token.
+    ignore_eos: go on after the model's end-of-sequence token.
+    logprobs: report the log-probability of each token and of this many likeliest ones.
+    seed: of this request's random stream; None derives it from the engine's seed.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | Iterable[str] = ()
+    stop_token_ids: Iterable[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._check_types()
+        inf = math.inf
+        self._check_range("temperature", 0, inf, "0 is greedy")
+        self._check_range("top_k", -1, inf, "0 or -1 keeps every token")
+        self._check_range("top_p", 0, 1, "1 keeps every token", open_below=True)
+        self._check_range("min_p", 0, 1, "0 keeps every token")
+        self._check_range("repetition_penalty", 0, inf, "1 changes nothing", open_below=True)
+        self._check_range("presence_penalty", -2, 2, "0 changes nothing")
+        self._check_range("frequency_penalty", -2, 2, "0 changes nothing")
+        self._check_range("max_tokens", 1, inf, "None is as many as fit")
+        self._check_range("min_tokens", 0, inf, "0 sets no minimum")
+        self._check_range("logprobs", 0, LARGEST_LOGPROBS, "None reports none")
+        self._check_range("seed", 0, 2**63 - 1, "None derives one from the engine's seed")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; "
+                "lower it or raise max_tokens"
+            )
+        if "" in stop:
+            raise InvalidRequestError(
+                "a stop string is empty and would end every output at once; leave it out"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken, so that no random number is drawn."""
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether earlier tokens change the logits, so that they must be counted."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    def _check_types(self) -> None:
+        whole = ("top_k", "min_tokens", "max_tokens", "logprobs", "seed")
+        real = ("temperature", "top_p", "min_p", "repetition_penalty")
+        real += ("presence_penalty", "frequency_penalty")
+        for name in (*whole, *real):
+            value: Any = getattr(self, name)
+            optional = name in ("max_tokens", "logprobs", "seed")
+            wanted, article = (int, "a whole number") if name in whole else (float, "a number")
+            fits = isinstance(value, (int, wanted)) and not isinstance(value, bool)
+            if not fits and not (value is None and optional):
+                raise InvalidRequestError(f"{name} is {value!r}; it must be {article}")
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise InvalidRequestError(f"a stop string is {text!r}; it must be text")
+        for token in self.stop_token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise InvalidRequestError(
+                    f"a stop token id is {token!r}; it must be a whole number, 0 or more"
+                )
+
+    def _check_range(
+        self, name: str, low: float, high: float, remedy: str, open_below: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        above = value > low if open_below else value >= low
+        finite = math.isfinite(value)
+        if not (finite and above and value <= high):
+            left = "(" if open_below else "["
+            right = "inf)" if high == math.inf else f"{high}]"
+            raise InvalidRequestError(
+                f"{name} is {value}; it must lie in {left}{low}, {right}, and {remedy}"
+            )
