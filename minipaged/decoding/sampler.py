@@ -20,11 +20,18 @@ from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import Sequence
 
 
+class Logprob(NamedTuple):
+    """Natural logarithm of a token's probability, and its place from 1 for the likeliest."""
+
+    logprob: float
+    rank: int
+
+
 class SampledToken(NamedTuple):
-    """A drawn token; logprobs maps it and the likeliest tokens to log-probabilities, if asked."""
+    """A drawn token; if asked for, log-probabilities of it and of the likeliest tokens."""
 
     token_id: int
-    logprobs: dict[int, float] | None = None
+    logprobs: dict[int, Logprob] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,9 @@ def token_distribution(
 def _keep_likeliest(
     probabilities: Tensor, params: list[SamplingParams], top_p: Tensor
 ) -> Float[Tensor, "draws vocab"]:
-    """Zero all but the top_k, then all but the fewest of these that reach top_p; ties by token id."""
+    """Zero all but the top_k, then all but the fewest of these that reach top_p."""
     vocab = probabilities.shape[1]
+    # Stable: of equally likely tokens those with the lower id are kept.
     ordered, token_ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params]).unsqueeze(1)
     ordered = ordered.masked_fill(torch.arange(vocab) >= top_k, 0)
@@ -135,7 +143,7 @@ def penalized(
     logits = torch.where(seen, weakened, logits)
     counts = torch.bincount(output_token_ids, minlength=len(logits)).to(logits.dtype)
     logits = logits - params.frequency_penalty * counts
-    return logits - params.presence_penalty * (counts > 0)
+    return logits - params.presence_penalty * (counts > 0).to(logits.dtype)
 
 
 def _forbid_end_tokens(logits: Tensor, draws: list[Draw]) -> Tensor:
@@ -154,13 +162,23 @@ def _forbid_end_tokens(logits: Tensor, draws: list[Draw]) -> Tensor:
 
 
 def _report(token_ids: list[int], logits: Tensor, draws: list[Draw]) -> list[SampledToken]:
-    sampled = []
-    for row, (token_id, draw) in enumerate(zip(token_ids, draws, strict=True)):
-        logprobs = None
-        if draw.params.logprobs is not None:
-            log_probabilities = torch.log_softmax(logits[row], dim=-1)
-            likeliest = log_probabilities.topk(min(draw.params.logprobs, len(log_probabilities)))
-            ids = [token_id, *(i for i in likeliest.indices.tolist() if i != token_id)]
-            logprobs = {i: log_probabilities[i].item() for i in ids}
-        sampled.append(SampledToken(token_id, logprobs))
-    return sampled
+    return [
+        SampledToken(
+            token_id,
+            None
+            if draw.params.logprobs is None
+            else _logprobs(torch.log_softmax(row, dim=-1), token_id, draw.params.logprobs),
+        )
+        for token_id, row, draw in zip(token_ids, logits, draws, strict=True)
+    ]
+
+
+def _logprobs(
+    log_probabilities: Float[Tensor, " vocab"], token_id: int, num_likeliest: int
+) -> dict[int, Logprob]:
+    drawn = log_probabilities[token_id]
+    logprobs = {token_id: Logprob(drawn.item(), int((log_probabilities > drawn).sum()) + 1)}
+    values, ids = log_probabilities.topk(min(num_likeliest, len(log_probabilities)))
+    for place, (value, i) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), start=1):
+        logprobs.setdefault(i, Logprob(value, place))
+    return logprobs

@@ -62,8 +62,10 @@ class BlockManager:
         """
         table = self.tables.get(seq_id)
         if table is None:
-            table = self.tables[seq_id] = BlockTable(self.block_size, self.device)
-        return table.append(num_new_tokens)
+            table = BlockTable(self.block_size, self.device)
+        copy = table.append(num_new_tokens)
+        self.tables[seq_id] = table
+        return copy
 
     def fork(self, parent_id: int, child_id: int) -> None:
         """Let a new sequence share all blocks of another one."""

@@ -37,7 +37,7 @@ class KVCacheShape:
 
 
 class KVCache:
-    """Key and value cache of all layers; token i of a sequence is at slot table[i // B] * B + i % B.
+    """Keys and values of all layers; token i is at offset i % B of block table[i // B].
 
     In debug mode every block is filled with NaN at first and again when it is freed, so that
     a read of a slot that nobody wrote shows in the result.

@@ -7,6 +7,7 @@ cache is the block manager's knowledge, what they spell is the engine's.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -35,18 +36,20 @@ class Sequence:
     never needs a slot for its last token.
     """
 
-    __slots__ = ("index", "num_computed_tokens", "num_prompt_tokens", "random", "seq_id", "token_ids")
+    __slots__ = ("num_computed_tokens", "num_prompt_tokens", "random", "seq_id", "token_ids")
 
     def __init__(
-        self, seq_id: SequenceId, prompt_token_ids: list[int], seed: int = 0, index: int = 0
+        self,
+        seq_id: SequenceId,
+        prompt_token_ids: Iterable[int],
+        random_key: tuple[int, ...] = (0,),
     ) -> None:
         self.seq_id = seq_id
-        self.index = index
         self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         # A stream of its own, one draw per token: what others do cannot change its tokens.
-        self.random = np.random.default_rng((seed, index))
+        self.random = np.random.default_rng(random_key)
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -1,0 +1,1 @@
+"""Pictures of blocks and steps, for the terminal, the page and the notebook."""

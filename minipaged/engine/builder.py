@@ -1,0 +1,140 @@
+"""Builds an engine from a model and a few options, and says how large it made the cache.
+
+Owns the defaults and the memory budget.  Every option of the command line and of `LLM`
+ends up in EngineOptions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minipaged.attention import attention_backend
+from minipaged.engine.engine import Engine
+from minipaged.engine.model_runner import ModelRunner
+from minipaged.errors import ConfigurationError
+from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.kv_cache import KVCache, KVCacheShape
+from minipaged.models.config import ModelConfig
+from minipaged.models.decoder import Decoder
+from minipaged.models.loader import load_decoder
+from minipaged.models.tokenizer import Tokenizer
+from minipaged.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger("minipaged")
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How to run a model.
+
+    dtype: of weights and cache; "auto" is the checkpoint's.
+    block_size: tokens per KV block.
+    num_blocks: blocks of the pool; None takes as many as `kv_cache_gib` holds.
+    kv_cache_gib: memory budget of the pool in GiB; None is a tenth of the machine's memory.
+        Either way the pool never outgrows what max_num_seqs full contexts can use.
+    max_num_seqs: sequences that run at a time.
+    max_num_batched_tokens: tokens computed per step; None is 2048, or max_num_seqs if larger.
+    attention: name of an attention backend.
+    debug: fill freed blocks with NaN and check every invariant after every step.
+    """
+
+    dtype: str | torch.dtype = "auto"
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_gib: float | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    seed: int = 0
+    attention: str = "torch"
+    debug: bool = False
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
+    """The torch type of this name; "auto" stays itself."""
+    if isinstance(name, torch.dtype) or name == "auto":
+        return name
+    if name not in DTYPES:
+        raise ConfigurationError(f"there is no dtype {name!r}; choose auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_engine(model: str | Path, options: EngineOptions | None = None) -> Engine:
+    """An engine for a model by name, path or hub id."""
+    options = options or EngineOptions()
+    decoder, tokenizer = load_decoder(model, dtype=parse_dtype(options.dtype))
+    return build_engine(decoder, tokenizer, options)
+
+
+def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> Engine:
+    """An engine around a decoder that is in memory already."""
+    config = decoder.config
+    dtype = decoder.embed_tokens.weight.dtype
+    num_blocks = options.num_blocks
+    if num_blocks is None:
+        num_blocks = blocks_within_budget(config, dtype, options)
+    manager = BlockManager(options.block_size, num_blocks)
+    cache = KVCache(cache_shape(config, num_blocks, options.block_size), dtype, debug=options.debug)
+    if options.debug:
+        manager.device.on_free = cache.poison
+    budget = options.max_num_batched_tokens
+    if budget is None:
+        budget = max(2048, options.max_num_seqs)
+    logger.info(
+        "KV cache: %d blocks of %d tokens, %.1f MiB in %s%s",
+        num_blocks,
+        options.block_size,
+        cache.num_bytes / 2**20,
+        str(dtype).removeprefix("torch."),
+        " (chosen from the memory budget)" if options.num_blocks is None else "",
+    )
+    return Engine(
+        ModelRunner(decoder, cache, attention_backend(options.attention)),
+        Scheduler(manager, options.max_num_seqs, budget),
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+        tokenizer=tokenizer,
+        eos_token_ids=config.eos_token_ids,
+        seed=options.seed,
+    )
+
+
+def cache_shape(config: ModelConfig, num_blocks: int, block_size: int) -> KVCacheShape:
+    """Sizes of the cache for this model."""
+    return KVCacheShape(
+        config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim
+    )
+
+
+def blocks_within_budget(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:
+    """Blocks that the memory budget holds, but no more than could ever be used."""
+    if options.block_size < 1:
+        raise ConfigurationError(f"block_size is {options.block_size}; it must be at least 1")
+    budget = physical_memory() / 10
+    if options.kv_cache_gib is not None:
+        budget = options.kv_cache_gib * 2**30
+    bytes_per_block = cache_shape(config, 1, options.block_size).bytes_per_block(dtype)
+    affordable = int(budget // bytes_per_block)
+    if affordable < 1:
+        raise ConfigurationError(
+            f"the KV cache budget of {budget / 2**30:g} GiB is below one block of "
+            f"{bytes_per_block / 2**20:.2f} MiB; raise kv_cache_gib or lower block_size"
+        )
+    blocks_per_context = -(-config.context_length // options.block_size)
+    return min(affordable, options.max_num_seqs * blocks_per_context)
+
+
+def physical_memory() -> int:
+    """Bytes of memory this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,248 @@
+"""The engine: requests in, one iteration after the other, text out.
+
+`step` is the whole of it: the scheduler plans, the runner computes, the sampler draws, and
+every request takes its token.  Building an engine from a model is `builder.py`'s work,
+waiting for all requests of a list `llm.py`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence as Sequenced
+from dataclasses import dataclass
+
+from minipaged.decoding.sampler import Draw, sample
+from minipaged.decoding.stopping import end_tokens
+from minipaged.engine.model_runner import Runner
+from minipaged.engine.outputs import RequestOutput
+from minipaged.engine.request_state import RequestState
+from minipaged.engine.trace import StepRecord, TableRecord
+from minipaged.errors import InvalidRequestError
+from minipaged.models.detokenizer import IncrementalDetokenizer
+from minipaged.models.tokenizer import Tokenizer
+from minipaged.request.sampling_params import SamplingParams
+from minipaged.request.sequence import RequestId, Sequence, SequenceGroup, SequenceId
+from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.step_plan import StepPlan
+
+Prompt = str | Sequenced[int]
+
+
+@dataclass
+class Timings:
+    """Seconds spent in each part since the engine started; `model` includes the attention."""
+
+    scheduler: float = 0.0
+    model: float = 0.0
+    sampler: float = 0.0
+    output: float = 0.0
+
+    def add(self, scheduler: float, model: float, sampler: float, output: float) -> None:
+        """Count one more step."""
+        self.scheduler += scheduler
+        self.model += model
+        self.sampler += sampler
+        self.output += output
+
+
+class Engine:
+    """Serves many requests at a time from one model and one pool of blocks.
+
+    Between two steps every invariant holds; `check_integrity` asserts them.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        vocab_size: int,
+        context_length: int,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+        seed: int = 0,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.eos_token_ids = eos_token_ids
+        self.seed = seed
+        self.timings = Timings()
+        self.observers: list[Callable[[StepRecord], None]] = []
+        self.num_steps = 0
+        self._num_requests = 0
+        self._requests: dict[RequestId, RequestState] = {}
+        self._by_sequence: dict[SequenceId, RequestState] = {}
+
+    def add_request(
+        self, request_id: RequestId, prompt: Prompt, params: SamplingParams | None = None
+    ) -> None:
+        """Queue a prompt, given as text or as token ids.
+
+        Raises InvalidRequestError, with nothing changed, if it can never be served.
+        """
+        if request_id in self._requests:
+            raise InvalidRequestError(
+                f"request id {request_id!r} is in use; choose another or abort that one first"
+            )
+        params = params or SamplingParams()
+        token_ids = self._tokens(prompt, params)
+        max_tokens = self._max_tokens(len(token_ids), params)
+        arrival = self._num_requests
+        random_key = (self.seed, arrival) if params.seed is None else (params.seed,)
+        sequence = Sequence(arrival, token_ids, random_key)
+        group = SequenceGroup(request_id, [sequence], params, arrival)
+        # The last token is never computed, so it needs no slot.
+        self.scheduler.add(group, len(token_ids) + max_tokens - 1)
+        self._num_requests += 1
+        state = RequestState(
+            group,
+            prompt if isinstance(prompt, str) else None,
+            end_tokens(params, self.eos_token_ids),
+            max_tokens,
+            None
+            if self.tokenizer is None
+            else IncrementalDetokenizer(self.tokenizer, params.skip_special_tokens),
+        )
+        self._requests[request_id] = state
+        self._by_sequence[sequence.seq_id] = state
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether another step has anything to do."""
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[RequestOutput]:
+        """Run one iteration; returns the requests that got a token, as they stand now."""
+        start = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if plan.is_empty:
+            return []
+        planned = time.perf_counter()
+        logits = self.runner.execute(plan)
+        computed = time.perf_counter()
+        states = self._mark_computed(plan)
+        tokens = sample(logits, [self._draw(state) for state in states])
+        sampled = time.perf_counter()
+        new_text = {
+            state.group.request_id: state.append(token)
+            for state, token in zip(states, tokens, strict=True)
+        }
+        outputs = [state.output() for state in states]
+        end = time.perf_counter()
+        self.timings.add(planned - start, computed - planned, sampled - computed, end - sampled)
+        if self.observers:
+            self._observe(plan, end - start, states, new_text)
+        self.num_steps += 1
+        for state in states:
+            if state.finish_reason is not None:
+                self._release(state)
+        return outputs
+
+    def abort(self, request_id: RequestId) -> RequestOutput | None:
+        """End a request at once and free its blocks; None if there is no such request."""
+        state = self._requests.get(request_id)
+        if state is None:
+            return None
+        state.abort()
+        self._release(state)
+        return state.output()
+
+    def check_integrity(self) -> None:
+        """Assert, between two steps, that queues, tables and reference counts agree."""
+        self.scheduler.check_integrity()
+        queued = [*self.scheduler.running, *self.scheduler.waiting]
+        assert {group.request_id for group in queued} == self._requests.keys()
+        assert len(self._by_sequence) == sum(len(group.sequences) for group in queued)
+
+    def _tokens(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The prompt's token ids, checked against the model's vocabulary and context."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError(
+                    "the model has no tokenizer, so the prompt must be a list of token ids, "
+                    "not text"
+                )
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            token_ids = list(prompt)
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty; give it at least one token")
+        for name, ids in (("prompt", token_ids), ("stop_token_ids", params.stop_token_ids)):
+            for token_id in ids:
+                if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+                    raise InvalidRequestError(
+                        f"token {token_id!r} of {name} is outside the vocabulary; "
+                        f"it must be a whole number from 0 to {self.vocab_size - 1}"
+                    )
+        if len(token_ids) >= self.context_length:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens and the model's context "
+                f"{self.context_length}, one of which the output needs; shorten the prompt"
+            )
+        return token_ids
+
+    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """Output tokens at most: what is asked for, but the context holds no more than it does."""
+        room = self.context_length - num_prompt_tokens
+        if params.max_tokens is not None:
+            return min(params.max_tokens, room)
+        # Without a wish the pool is a limit too, though the prompt has to fit.
+        manager = self.scheduler.manager
+        pool = manager.device.num_blocks * manager.block_size
+        return max(1, min(room, pool + 1 - num_prompt_tokens))
+
+    def _mark_computed(self, plan: StepPlan) -> list[RequestState]:
+        """Count the tokens of a step that is done; returns the requests that draw a token."""
+        states = []
+        for item in plan.scheduled:
+            state = self._by_sequence[item.seq_id]
+            state.sequence.num_computed_tokens = item.context_length
+            if item.samples:
+                states.append(state)
+        return states
+
+    def _draw(self, state: RequestState) -> Draw:
+        return Draw(state.sequence, state.group.params, state.end_token_ids)
+
+    def _release(self, state: RequestState) -> None:
+        self.scheduler.remove(state.group)
+        del self._requests[state.group.request_id]
+        del self._by_sequence[state.sequence.seq_id]
+
+    def _observe(
+        self,
+        plan: StepPlan,
+        seconds: float,
+        states: list[RequestState],
+        new_text: dict[RequestId, str],
+    ) -> None:
+        manager = self.scheduler.manager
+        record = StepRecord(
+            step=self.num_steps,
+            seconds=seconds,
+            plan=plan,
+            block_size=manager.block_size,
+            num_blocks=manager.device.num_blocks,
+            tables=tuple(
+                TableRecord(
+                    seq_id,
+                    self._by_sequence[seq_id].group.request_id,
+                    tuple(table.blocks),
+                    table.num_tokens,
+                )
+                for seq_id, table in manager.tables.items()
+            ),
+            running=tuple(group.request_id for group in self.scheduler.running),
+            waiting=tuple(group.request_id for group in self.scheduler.waiting),
+            finished={
+                state.group.request_id: state.finish_reason
+                for state in states
+                if state.finish_reason is not None
+            },
+            new_text=new_text,
+            num_preemptions=self.scheduler.num_preemptions,
+        )
+        for observer in self.observers:
+            observer(record)

@@ -1,0 +1,94 @@
+"""The offline API: a list of prompts in, their outputs back in the same order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence as Sequenced
+from pathlib import Path
+from typing import Any
+
+from minipaged.engine.builder import EngineOptions, load_engine
+from minipaged.engine.engine import Prompt
+from minipaged.engine.outputs import RequestOutput
+from minipaged.errors import InvalidRequestError
+from minipaged.request.sampling_params import SamplingParams
+
+
+class LLM:
+    """A model, its KV cache and a scheduler behind one call.
+
+    model: "tiny" (shipped), "smollm2", a Hugging Face directory, a GGUF file or a hub id.
+    The keyword arguments are those of EngineOptions: dtype, block_size, num_blocks,
+    max_num_seqs, max_num_batched_tokens, seed and so on.
+
+    >>> llm = LLM(num_blocks=64)
+    >>> [output] = llm.generate("ROMEO:", SamplingParams(max_tokens=20))
+    """
+
+    def __init__(self, model: str | Path = "tiny", **options: Any) -> None:
+        show_messages()
+        self.engine = load_engine(model, EngineOptions(**options))
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequenced[Prompt],
+        sampling_params: SamplingParams | Sequenced[SamplingParams] | None = None,
+        on_step: Callable[[list[RequestOutput]], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Serve all prompts together; outputs come back in the order of the prompts.
+
+        prompts: one prompt or many, each a text or a list of token ids.
+        sampling_params: one for all, or one for each.
+        on_step: called after every iteration with the requests that got a token.
+        Raises InvalidRequestError, before anything runs, if one prompt cannot be served.
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts came with {len(sampling_params)} sampling parameters; "
+                "give one for all or one for each"
+            )
+        request_ids: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        try:
+            for prompt, params in zip(prompts, sampling_params, strict=True):
+                request_id = str(self._num_requests)
+                self.engine.add_request(request_id, prompt, params)  # type: ignore[arg-type]
+                self._num_requests += 1
+                request_ids.append(request_id)
+            while self.engine.has_unfinished_requests:
+                outputs = self.engine.step()
+                done.update((output.request_id, output) for output in outputs if output.finished)
+                if on_step is not None:
+                    on_step(outputs)
+        finally:  # an error or an interrupt leaves no request behind
+            for request_id in request_ids:
+                self.engine.abort(request_id)
+        return [done[request_id] for request_id in request_ids]
+
+    def chat(
+        self,
+        messages: list[dict[str, str]] | list[list[dict[str, str]]],
+        sampling_params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several; each is a list of {"role": ..., "content": ...}."""
+        conversations = [messages] if isinstance(messages[0], dict) else messages
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError("the model has no tokenizer, so it cannot chat")
+        prompts = [tokenizer.apply_chat_template(chat) for chat in conversations]
+        return self.generate(prompts, sampling_params)
+
+
+def show_messages() -> None:
+    """Let the package's messages be seen where nobody has set up logging."""
+    logger = logging.getLogger("minipaged")
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("minipaged: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

@@ -1,0 +1,72 @@
+"""Carries out a StepPlan: moves the blocks it names, then runs the model over its tokens.
+
+Knows the decoder and the KV cache, and nothing of requests: a plan is all it gets.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minipaged.attention import Prepare
+from minipaged.attention.batch import PagedBatch
+from minipaged.memory.kv_cache import KVCache
+from minipaged.models.decoder import Decoder
+from minipaged.scheduling.step_plan import StepPlan
+
+
+class Runner(Protocol):
+    """What an engine needs of a model."""
+
+    def execute(self, plan: StepPlan) -> Float[Tensor, "samples vocab"]:
+        """Logits of the scheduled sequences with `samples` set, in the order of the plan."""
+        ...
+
+
+class ModelRunner:
+    """One decoder, one KV cache, one kind of attention."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, prepare_attention: Prepare) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self.prepare_attention = prepare_attention
+        self.attention_seconds = 0.0
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> Float[Tensor, "samples vocab"]:
+        """Swap out, swap in, copy, then one forward pass over all tokens of the step."""
+        cache = self.cache
+        cache.swap_out(plan.swap_out)
+        cache.swap_in(plan.swap_in)
+        cache.copy_blocks(plan.copies)
+
+        batch = PagedBatch.from_lists(
+            cache.shape.block_size,
+            [len(item.token_ids) for item in plan.scheduled],
+            [item.context_length for item in plan.scheduled],
+            [item.block_table for item in plan.scheduled],
+        )
+        token_ids = np.concatenate([item.token_ids for item in plan.scheduled])
+        last_rows = batch.query_starts[1:] - 1
+        samples = np.array([item.samples for item in plan.scheduled])
+        slots = torch.from_numpy(batch.slots())
+        attention = self.prepare_attention(batch)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            start = time.perf_counter()
+            cache.write(layer, slots, key, value)
+            output = attention(query, cache.keys[layer], cache.values[layer])
+            self.attention_seconds += time.perf_counter() - start
+            return output
+
+        return self.decoder(
+            torch.from_numpy(token_ids),
+            torch.from_numpy(batch.positions()),
+            attend,
+            logits_at=torch.from_numpy(last_rows[samples]),
+        )

@@ -1,0 +1,44 @@
+"""What a request gives back, under the names that vLLM's users know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minipaged.decoding.sampler import Logprob
+from minipaged.request.sequence import FinishReason, RequestId
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One output of a request, so far or whole.
+
+    text: without the stop string or end token; while it grows, without what may yet become one.
+    token_ids: generated tokens, an end token included.
+    logprobs: for each generated token, if asked for, that token's and the likeliest ones'.
+    finish_reason: "stop", "length" or "abort"; None while it grows.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Log-probability of the whole output, if log-probabilities were asked for."""
+        if self.logprobs is None:
+            return None
+        pairs = zip(self.token_ids, self.logprobs, strict=True)
+        return sum(logprobs[token_id].logprob for token_id, logprobs in pairs)
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request and its outputs; prompt is None if it was given as token ids."""
+
+    request_id: RequestId
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False

@@ -1,0 +1,154 @@
+"""T1: every paged attention equals contiguous attention, whatever the shapes and the blocks.
+
+All in float64, so that the tolerance leaves no room for a wrong formula.  The cache is full
+of NaN but for the slots that a sequence filled, and the tables are padded with an id that
+no cache has: a read of anything else fails or shows.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipaged.attention import BACKENDS, attention_backend
+from minipaged.attention.batch import PagedBatch
+from minipaged.attention.contiguous import contiguous_attention
+from minipaged.errors import ConfigurationError
+from minipaged.memory.kv_cache import KVCache, KVCacheShape
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences as (context, new tokens); the seed fixes numbers and block permutation."""
+
+    block_size: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    sequences: tuple[tuple[int, int], ...]
+    seed: int
+
+    @property
+    def contexts(self):
+        return [context for context, _ in self.sequences]
+
+    @property
+    def queries(self):
+        return [new for _, new in self.sequences]
+
+
+@st.composite
+def sequence_shapes(draw):
+    context = draw(st.integers(1, 70))
+    return context, draw(st.one_of(st.just(1), st.integers(1, context), st.just(context)))
+
+
+cases = st.builds(
+    Case,
+    block_size=st.sampled_from([1, 2, 3, 8, 16, 32]),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),  # 1 is MHA; kv_heads 1 is MQA
+    head_dim=st.sampled_from([1, 2, 8, 20]),
+    sequences=st.lists(sequence_shapes(), min_size=1, max_size=6).map(tuple),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+def place(case):
+    """A batch over randomly permuted blocks, and the keys and values written through it."""
+    needed = [-(-context // case.block_size) for context in case.contexts]
+    num_blocks = sum(needed) + 3
+    order = random.Random(case.seed).sample(range(num_blocks), num_blocks)
+    tables = [[order.pop() for _ in range(n)] for n in needed]
+    shape = KVCacheShape(1, num_blocks, case.block_size, case.kv_heads, case.head_dim)
+    cache = KVCache(shape, torch.float64, debug=True)
+    whole = PagedBatch.from_lists(case.block_size, case.contexts, case.contexts, tables)
+    kv = torch.randn(2, sum(case.contexts), case.kv_heads, case.head_dim, dtype=torch.float64)
+    cache.write(0, torch.from_numpy(whole.slots()), *kv)
+    batch = PagedBatch.from_lists(case.block_size, case.queries, case.contexts, tables)
+    return batch, cache, kv
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@given(case=cases)
+def test_paged_equals_contiguous(backend, case):
+    torch.manual_seed(case.seed)
+    batch, cache, kv = place(case)
+    heads = case.kv_heads * case.group
+    query = torch.randn(sum(case.queries), heads, case.head_dim, dtype=torch.float64)
+    keys, values = (part.split(case.contexts) for part in kv)
+    expected = torch.cat(
+        [
+            contiguous_attention(q, k, v)
+            for q, k, v in zip(query.split(case.queries), keys, values, strict=True)
+        ]
+    )
+    actual = attention_backend(backend)(batch)(query, cache.keys[0], cache.values[0])
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@given(case=cases)
+def test_the_oracle_against_a_sum_written_out(case):
+    """The oracle itself, token by token and head by head, with numpy's exp."""
+    rng = np.random.default_rng(case.seed)
+    context, new = case.sequences[0]
+    context, new = min(context, 12), min(new, 12, context)
+    heads = case.kv_heads * case.group
+    query = rng.standard_normal((new, heads, case.head_dim))
+    key, value = rng.standard_normal((2, context, case.kv_heads, case.head_dim))
+    actual = contiguous_attention(*map(torch.from_numpy, (query, key, value))).numpy()
+    for i in range(new):
+        for head in range(heads):
+            kv_head = head // case.group
+            seen = range(context - new + i + 1)
+            scores = [query[i, head] @ key[j, kv_head] / case.head_dim**0.5 for j in seen]
+            weights = np.exp(np.array(scores) - max(scores))
+            expected = sum(w * value[j, kv_head] for w, j in zip(weights, seen, strict=True))
+            np.testing.assert_allclose(actual[i, head], expected / weights.sum(), rtol=1e-9)
+
+
+def test_large_scores_do_not_overflow():
+    case = Case(4, 1, 1, 8, ((30, 30),), 0)
+    torch.manual_seed(0)
+    batch, cache, _ = place(case)
+    query = 1e5 * torch.randn(30, 1, 8, dtype=torch.float64)
+    for backend in BACKENDS:
+        out = attention_backend(backend)(batch)(query, cache.keys[0], cache.values[0])
+        assert torch.isfinite(out).all(), backend
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_lower_precision_stays_near_the_oracle(dtype, tolerance):
+    case = Case(16, 3, 3, 64, ((200, 1), (17, 17), (130, 40), (1, 1)), 5)
+    torch.manual_seed(5)
+    batch, cache, kv = place(case)
+    query = torch.randn(sum(case.queries), 9, 64, dtype=torch.float64)
+    expected = attention_backend("reference")(batch)(query, cache.keys[0], cache.values[0])
+    for backend in BACKENDS:
+        keys, values = cache.keys[0].to(dtype), cache.values[0].to(dtype)
+        actual = attention_backend(backend)(batch)(query.to(dtype), keys, values)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@given(case=cases)
+def test_positions_and_slots_of_the_new_tokens(case):
+    batch, _, _ = place(case)
+    positions, slots = [], []
+    for (context, new), table in zip(case.sequences, batch.block_tables, strict=True):
+        for position in range(context - new, context):
+            positions.append(position)
+            block, offset = table[position // case.block_size], position % case.block_size
+            slots.append(block * case.block_size + offset)
+    assert batch.positions().tolist() == positions
+    assert batch.slots().tolist() == slots
+    assert batch.query_starts.tolist() == np.cumsum([0, *case.queries]).tolist()
+
+
+def test_an_unknown_attention_names_the_known_ones():
+    with pytest.raises(ConfigurationError, match=r"no attention 'flash'.*reference, torch"):
+        attention_backend("flash")

@@ -1,0 +1,212 @@
+"""T4, scheduling invariance, and T5, no leaks: the whole engine in float64 against the oracle."""
+
+import random
+
+import pytest
+from hypothesis import event, example, given
+from strategies import CONTEXT, EOS, VOCAB, Request, Workload, workloads
+
+from minipaged.engine.builder import EngineOptions, build_engine
+from minipaged.engine.trace import Trace
+from minipaged.errors import ConfigurationError, InvalidRequestError
+from minipaged.request.sampling_params import SamplingParams
+from strategies import tiny_decoder
+
+
+@given(workload=workloads(backends=("torch", "torch", "reference")))
+@example(  # two sequences that take turns in a pool for one and a half
+    Workload((Request((1, 2, 4), {"max_tokens": 9}), Request((5,), {"max_tokens": 12})), 2, 7, 2, 4)
+)
+def test_tokens_do_not_depend_on_the_schedule(workload):
+    outputs, engine = workload.run()
+    for output, expected, request in zip(
+        outputs, workload.expected(), workload.requests, strict=True
+    ):
+        if request.abort_at is None:
+            assert output == expected
+        else:  # an aborted request has a part of its tokens, and the others are unharmed
+            assert output == expected[: len(output)]
+    assert engine.scheduler.manager.device.num_used == 0
+    assert not engine.has_unfinished_requests
+    event(f"preemptions: {min(engine.scheduler.num_preemptions, 5)}")
+
+
+def test_small_pools_preempt_in_most_runs():
+    """The property above is worth something: here is how often its engine had to preempt."""
+    preempting = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        chosen = tuple(
+            Request(
+                tuple(rng.choices(range(VOCAB), k=rng.randint(1, 20))),
+                {"max_tokens": 16, "ignore_eos": True, "temperature": rng.choice([0.0, 1.0])},
+                rng.randint(0, 5),
+            )
+            for _ in range(5)
+        )
+        workload = Workload(chosen, 2, 20, 6, 30)
+        outputs, engine = workload.run()
+        assert outputs == workload.expected()
+        preempting += engine.scheduler.num_preemptions > 0
+    print(f"{preempting} of 40 runs preempted")
+    assert preempting > 30
+
+
+@given(workload=workloads())
+def test_abort_at_any_step_frees_every_block(workload):
+    """T5: whenever everything is aborted, nothing is left."""
+    engine = workload.engine()
+    for i, request in enumerate(workload.requests):
+        engine.add_request(str(i), request.prompt, SamplingParams(**request.params))
+    for _ in range(workload.requests[0].arrival):
+        engine.step()
+    for i in range(len(workload.requests)):
+        output = engine.abort(str(i))
+        assert output is None or output.outputs[0].finish_reason == "abort"
+        engine.check_integrity()
+    assert engine.scheduler.manager.device.num_used == 0
+    assert not engine.has_unfinished_requests
+
+
+def engine_of(**options):
+    options = {"block_size": 4, "num_blocks": 8, "debug": True, **options}
+    return build_engine(tiny_decoder(), None, EngineOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([1, VOCAB], {}, f"token {VOCAB} of prompt is outside the vocabulary.* 0 to {VOCAB - 1}"),
+        ([-1], {}, "token -1 of prompt"),
+        ([1.0], {}, "token 1.0 of prompt"),
+        ([1], {"stop_token_ids": [99]}, "token 99 of stop_token_ids"),
+        ([1] * CONTEXT, {}, f"the prompt has {CONTEXT} tokens and the model's context {CONTEXT}"),
+        ([1] * 33, {"max_tokens": 1}, "may need 9 blocks of 4 tokens and the whole pool has 8"),
+        ([1] * 30, {"max_tokens": 4}, "may need 9 blocks"),
+        ("text", {}, "no tokenizer"),
+    ],
+)
+def test_bad_requests_are_refused_and_harm_nobody(prompt, params, message):
+    engine = engine_of()
+    engine.add_request("good", [1, 2], SamplingParams(temperature=0, max_tokens=5))
+    with pytest.raises(InvalidRequestError, match=message):
+        engine.add_request("bad", prompt, SamplingParams(**params))
+    engine.check_integrity()
+    outputs = []
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+    assert outputs[0].request_id == "good"
+    assert outputs[0].finished
+
+
+def test_a_request_id_is_used_once_at_a_time():
+    engine = engine_of()
+    engine.add_request("a", [1])
+    with pytest.raises(InvalidRequestError, match="request id 'a' is in use"):
+        engine.add_request("a", [1])
+    engine.abort("a")
+    engine.add_request("a", [1])
+    assert engine.abort("unknown") is None
+    engine.abort("a")
+
+
+def test_the_largest_request_that_fits_is_served():
+    """30 + 3 tokens in 8 blocks of 4: the last token needs no slot."""
+    engine = engine_of()
+    engine.add_request("a", [1] * 30, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+    assert len(outputs[0].outputs[0].token_ids) == 3
+
+
+@pytest.mark.parametrize(("num_blocks", "prompt", "expected"), [(8, 30, 3), (99, 30, 34)])
+def test_without_max_tokens_pool_and_context_are_the_limit(num_blocks, prompt, expected):
+    engine = engine_of(num_blocks=num_blocks)
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    engine.add_request("a", [1] * prompt, params)
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+    assert len(outputs[0].outputs[0].token_ids) == expected
+    assert outputs[0].outputs[0].finish_reason == "length"
+
+
+def test_an_end_token_is_the_last_of_the_output():
+    """Whatever is drawn, an end-of-sequence token can only stand at the end."""
+    engine = engine_of(num_blocks=200)
+    for i in range(40):
+        engine.add_request(str(i), [1 + i % 12], SamplingParams(max_tokens=12))
+    done = []
+    while engine.has_unfinished_requests:
+        done += [output.outputs[0] for output in engine.step() if output.finished]
+    assert {output.finish_reason for output in done} == {"stop", "length"}
+    for output in done:
+        assert not set(EOS) & set(output.token_ids[:-1])
+        assert (output.token_ids[-1] in EOS) == (output.finish_reason == "stop")
+
+
+def test_seeds_decide_the_tokens():
+    def tokens(seed=None, engine_seed=0):
+        engine = engine_of(seed=engine_seed)
+        engine.add_request("a", [1, 2, 3], SamplingParams(seed=seed, max_tokens=15))
+        while engine.has_unfinished_requests:
+            outputs = engine.step()
+        return outputs[0].outputs[0].token_ids
+
+    assert tokens(seed=1) == tokens(seed=1, engine_seed=9)
+    assert tokens() == tokens()
+    assert len({tuple(tokens(seed=i)) for i in range(8)}) > 4
+    assert len({tuple(tokens(engine_seed=i)) for i in range(8)}) > 4
+
+
+def test_records_follow_the_cache():
+    workload = Workload(
+        tuple(
+            Request((1, 2, 3, i), {"max_tokens": 9, "temperature": 0.0, "ignore_eos": True})
+            for i in range(4)
+        ),
+        block_size=2,
+        num_blocks=9,
+        max_num_seqs=4,
+        max_num_batched_tokens=12,
+    )
+    engine, trace = workload.engine(), Trace()
+    engine.observers.append(trace)
+    for i, request in enumerate(workload.requests):
+        engine.add_request(str(i), request.prompt, SamplingParams(**request.params))
+    while engine.has_unfinished_requests:
+        engine.step()
+    assert [record.step for record in trace] == list(range(engine.num_steps))
+    assert trace.records[-1].num_preemptions == engine.scheduler.num_preemptions > 0
+    assert sum(len(record.plan.preempted) for record in trace) == engine.scheduler.num_preemptions
+    assert {r for record in trace for r in record.finished} == {"0", "1", "2", "3"}
+    assert all(record.num_used_blocks <= 9 for record in trace)
+    assert trace.fullest.num_used_blocks >= 8
+    assert 0 < trace.mean_waste < 0.5
+    # 4 + 9 - 1 tokens were in the cache when the last one was drawn.
+    assert [table.num_tokens for table in trace.last_tables().values()] == [12] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"block_size": 0, "num_blocks": None}, "block_size is 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "below max_num_seqs 9"),
+        ({"attention": "flash"}, "no attention 'flash'"),
+        ({"num_blocks": None, "kv_cache_gib": 1e-7}, "raise kv_cache_gib or lower block_size"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        engine_of(**options)
+
+
+def test_the_pool_is_sized_from_the_budget():
+    # 2 layers x keys and values x 2 heads x 6 elements x 8 bytes x 4 tokens = 1536 bytes a block
+    engine = engine_of(num_blocks=None, kv_cache_gib=1536 * 100.5 / 2**30)
+    assert engine.scheduler.manager.device.num_blocks == 100
+    # No more than max_num_seqs contexts of 64 tokens can use.
+    engine = engine_of(num_blocks=None, kv_cache_gib=1, max_num_seqs=3)
+    assert engine.scheduler.manager.device.num_blocks == 3 * 64 // 4

@@ -1,0 +1,58 @@
+"""Bad parameters are refused in one sentence that names the value and the range."""
+
+import pytest
+
+from minipaged.errors import InvalidRequestError
+from minipaged.request.sampling_params import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature is -0.1; it must lie in \[0, inf\)"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+        ({"top_k": -2}, r"top_k is -2; it must lie in \[-1, inf\)"),
+        ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
+        ({"top_k": True}, "top_k is True"),
+        ({"top_p": 0}, r"top_p is 0; it must lie in \(0, 1\]"),
+        ({"top_p": 1.01}, r"top_p is 1.01; it must lie in \(0, 1\]"),
+        ({"min_p": -0.5}, "min_p is -0.5"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty is -2.5"),
+        ({"max_tokens": 0}, r"max_tokens is 0; it must lie in \[1, inf\)"),
+        ({"max_tokens": -3}, "max_tokens is -3"),
+        ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, above max_tokens 4"),
+        ({"logprobs": -1}, "logprobs is -1"),
+        ({"logprobs": 21}, r"logprobs is 21; it must lie in \[0, 20\]"),
+        ({"seed": -1}, "seed is -1"),
+        ({"stop": ["a", ""]}, "a stop string is empty"),
+        ({"stop": [3]}, "a stop string is 3; it must be text"),
+        ({"stop_token_ids": [-1]}, "a stop token id is -1"),
+        ({"stop_token_ids": ["</s>"]}, "a stop token id is '</s>'"),
+    ],
+)
+def test_out_of_range(options, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        SamplingParams(**options)
+
+
+def test_defaults_are_plain_sampling():
+    params = SamplingParams()
+    assert not params.greedy
+    assert not params.has_penalties
+    assert params.max_tokens == 16
+
+
+def test_stop_may_be_one_string_or_several():
+    assert SamplingParams(stop="\n").stop == ("\n",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=None).stop == ()
+
+
+def test_limits_themselves_are_allowed():
+    SamplingParams(temperature=0, top_k=-1, top_p=1, min_p=1, max_tokens=1, logprobs=0, seed=0)
