@@ -4,13 +4,12 @@ import random
 
 import pytest
 from hypothesis import event, example, given
-from strategies import CONTEXT, EOS, VOCAB, Request, Workload, workloads
+from strategies import CONTEXT, EOS, VOCAB, Request, Workload, tiny_decoder, workloads
 
 from minipaged.engine.builder import EngineOptions, build_engine
 from minipaged.engine.trace import Trace
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.request.sampling_params import SamplingParams
-from strategies import tiny_decoder
 
 
 @given(workload=workloads(backends=("torch", "torch", "reference")))

@@ -54,6 +54,7 @@ def test_a_block_survives_the_way_to_the_host_and_back():
     manager.append(1, 7)
     manager.fork(1, 2)
     manager.append(2, 3)
+
     # 1: [0, 1]   2: [0, 2, 3]   the copy-on-write is done before anything moves
     def contents():
         return [cache._device[:, :, manager.tables[seq].blocks].clone() for seq in (1, 2)]

@@ -1,4 +1,4 @@
-"""Each sampling parameter against its formula written out, and the draws against the distribution."""
+"""Each sampling parameter against its formula, and the draws against the distribution."""
 
 import math
 

@@ -18,7 +18,8 @@ def test_end_tokens_are_the_requests_and_the_models():
 
 
 @pytest.mark.parametrize(
-    ("output", "reason"), [([5], None), ([5, 2], "stop"), ([5, 5, 5], "length"), ([5, 5, 2], "stop")]
+    ("output", "reason"),
+    [([5], None), ([5, 2], "stop"), ([5, 5, 5], "length"), ([5, 5, 2], "stop")],
 )
 def test_stop_by_token(output, reason):
     sequence = Sequence(0, [2, 2, 2])  # end tokens of the prompt do not count

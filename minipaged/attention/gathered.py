@@ -76,7 +76,9 @@ class Bundle:
             slots = cache.view(-1, kv_heads * head_dim)
             out = workspace.take(name, cache, len(self.slots), kv_heads * head_dim)
             torch.index_select(slots, 0, self.slots, out=out)
-            gathered.append(out.view(self.num_seqs, self.context, kv_heads, head_dim).transpose(1, 2))
+            gathered.append(
+                out.view(self.num_seqs, self.context, kv_heads, head_dim).transpose(1, 2)
+            )
         out = F.scaled_dot_product_attention(grouped, *gathered, attn_mask=mask)
         out = out.view(self.num_seqs, kv_heads, self.queries, -1, head_dim)
         return out.transpose(1, 2).reshape(-1, heads, head_dim)
@@ -88,9 +90,7 @@ def bundles(batch: PagedBatch) -> list[Bundle]:
     powers = np.ceil(np.log2(lengths))
     _, bundle_of = np.unique(powers, axis=1, return_inverse=True)
     bundle_of = bundle_of.reshape(-1)
-    return [
-        Bundle(batch, np.flatnonzero(bundle_of == i)) for i in range(int(bundle_of.max()) + 1)
-    ]
+    return [Bundle(batch, np.flatnonzero(bundle_of == i)) for i in range(int(bundle_of.max()) + 1)]
 
 
 class GatheredAttention:

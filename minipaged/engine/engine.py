@@ -8,7 +8,8 @@ waiting for all requests of a list `llm.py`'s.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence as Sequenced
+from collections.abc import Callable
+from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
 from minipaged.decoding.sampler import Draw, sample

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence as Sequenced
+from collections.abc import Callable
+from collections.abc import Sequence as Sequenced
 from pathlib import Path
 from typing import Any
 

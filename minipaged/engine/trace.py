@@ -102,6 +102,9 @@ class Trace:
         tables: dict[SequenceId, TableRecord] = {}
         for record in self.records:
             for table in record.tables:
-                if table.seq_id not in tables or table.num_tokens >= tables[table.seq_id].num_tokens:
+                if (
+                    table.seq_id not in tables
+                    or table.num_tokens >= tables[table.seq_id].num_tokens
+                ):
                     tables[table.seq_id] = table
         return tables

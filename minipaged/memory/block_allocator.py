@@ -20,9 +20,7 @@ class BlockAllocator:
     poisons the block's memory there.
     """
 
-    def __init__(
-        self, num_blocks: int, on_free: Callable[[BlockId], None] | None = None
-    ) -> None:
+    def __init__(self, num_blocks: int, on_free: Callable[[BlockId], None] | None = None) -> None:
         if num_blocks < 0:
             raise ConfigurationError(f"a pool of {num_blocks} blocks cannot be; 0 is the least")
         self.num_blocks = num_blocks

@@ -1,0 +1,1 @@
+"""Decoders, and how they get from files into memory."""

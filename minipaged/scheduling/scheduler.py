@@ -115,9 +115,7 @@ class Scheduler:
             self.manager.free(sequence.seq_id)
         group.status = Status.FINISHED
 
-    def _make_room(
-        self, chunks: list[Chunk], position: int, preempted: list[RequestId]
-    ) -> bool:
+    def _make_room(self, chunks: list[Chunk], position: int, preempted: list[RequestId]) -> bool:
         """Preempt the latest arrivals until the chunks of running group `position` have blocks.
 
         Returns False if that group itself had to go, which can only be when it is the last.

@@ -1,0 +1,306 @@
+"""The model families: how each one's config.json and tensor names map to the decoder's.
+
+One entry per family.  The tables are the whole knowledge of a checkpoint's layout: which of
+its tensors, stacked row upon row, make which parameter of the decoder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from minipaged.errors import ModelLoadError
+from minipaged.models.config import Activation, ModelConfig, RopeConfig
+
+Table = dict[str, tuple[str, ...]]
+"""Parameter of the decoder -> tensors of the checkpoint; `{i}` is the layer."""
+
+LLAMA_TABLE: Table = {
+    "embed_tokens.weight": ("embed_tokens.weight",),
+    "layers.{i}.attention_norm.weight": ("layers.{i}.input_layernorm.weight",),
+    "layers.{i}.qkv_proj.weight": (
+        "layers.{i}.self_attn.q_proj.weight",
+        "layers.{i}.self_attn.k_proj.weight",
+        "layers.{i}.self_attn.v_proj.weight",
+    ),
+    "layers.{i}.qkv_proj.bias": (
+        "layers.{i}.self_attn.q_proj.bias",
+        "layers.{i}.self_attn.k_proj.bias",
+        "layers.{i}.self_attn.v_proj.bias",
+    ),
+    "layers.{i}.q_norm.weight": ("layers.{i}.self_attn.q_norm.weight",),
+    "layers.{i}.k_norm.weight": ("layers.{i}.self_attn.k_norm.weight",),
+    "layers.{i}.o_proj.weight": ("layers.{i}.self_attn.o_proj.weight",),
+    "layers.{i}.o_proj.bias": ("layers.{i}.self_attn.o_proj.bias",),
+    "layers.{i}.mlp_norm.weight": ("layers.{i}.post_attention_layernorm.weight",),
+    "layers.{i}.up_proj.weight": (
+        "layers.{i}.mlp.gate_proj.weight",
+        "layers.{i}.mlp.up_proj.weight",
+    ),
+    "layers.{i}.up_proj.bias": ("layers.{i}.mlp.gate_proj.bias", "layers.{i}.mlp.up_proj.bias"),
+    "layers.{i}.down_proj.weight": ("layers.{i}.mlp.down_proj.weight",),
+    "layers.{i}.down_proj.bias": ("layers.{i}.mlp.down_proj.bias",),
+    "final_norm.weight": ("norm.weight",),
+    "lm_head.weight": ("lm_head.weight",),
+}
+
+OPT_TABLE: Table = {
+    "embed_tokens.weight": ("embed_tokens.weight",),
+    "embed_positions.weight": ("embed_positions.weight",),
+    "layers.{i}.attention_norm.*": ("layers.{i}.self_attn_layer_norm.*",),
+    "layers.{i}.qkv_proj.*": (
+        "layers.{i}.self_attn.q_proj.*",
+        "layers.{i}.self_attn.k_proj.*",
+        "layers.{i}.self_attn.v_proj.*",
+    ),
+    "layers.{i}.o_proj.*": ("layers.{i}.self_attn.out_proj.*",),
+    "layers.{i}.mlp_norm.*": ("layers.{i}.final_layer_norm.*",),
+    "layers.{i}.up_proj.*": ("layers.{i}.fc1.*",),
+    "layers.{i}.down_proj.*": ("layers.{i}.fc2.*",),
+    "final_norm.*": ("final_layer_norm.*",),
+    "lm_head.weight": ("lm_head.weight",),
+}
+
+GPT2_TABLE: Table = {
+    "embed_tokens.weight": ("wte.weight",),
+    "embed_positions.weight": ("wpe.weight",),
+    "layers.{i}.attention_norm.*": ("h.{i}.ln_1.*",),
+    "layers.{i}.qkv_proj.*": ("h.{i}.attn.c_attn.*",),
+    "layers.{i}.o_proj.*": ("h.{i}.attn.c_proj.*",),
+    "layers.{i}.mlp_norm.*": ("h.{i}.ln_2.*",),
+    "layers.{i}.up_proj.*": ("h.{i}.mlp.c_fc.*",),
+    "layers.{i}.down_proj.*": ("h.{i}.mlp.c_proj.*",),
+    "final_norm.*": ("ln_f.*",),
+    "lm_head.weight": ("lm_head.weight",),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way to write a checkpoint.
+
+    prefixes: what may stand before the names of the table, as some checkpoints are of the
+        bare model and some of the model with its head.
+    transposed: tensors stored as [in, out], by pattern.
+    ignored: tensors that hold nothing to learn, by pattern.
+    """
+
+    read_config: Callable[[dict[str, Any]], ModelConfig]
+    table: Table
+    prefixes: tuple[str, ...] = ("model.",)
+    transposed: str = r"(?!)"
+    ignored: str = r".*rotary_emb\.inv_freq"
+
+    def sources(self, parameter: str) -> tuple[str, ...]:
+        """Tensors of the checkpoint, without prefix, that make this parameter of the decoder."""
+        for pattern, names in self.table.items():
+            regex = re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", r"(?P<s>\w+)")
+            match = re.fullmatch(regex, parameter)
+            if match:
+                found = {"i": "", "s": "", **match.groupdict()}
+                return tuple(
+                    name.replace("{i}", found["i"]).replace("*", found["s"]) for name in names
+                )
+        raise KeyError(parameter)
+
+    def strip_prefix(self, name: str) -> str:
+        """The name as the table has it."""
+        for prefix in self.prefixes:
+            name = name.removeprefix(prefix)
+        return name
+
+
+ACTIVATION_NAMES: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def _activation(name: str) -> Activation:
+    if name not in ACTIVATION_NAMES:
+        raise ModelLoadError(
+            f"config.json names the activation {name!r}; supported are "
+            f"{', '.join(sorted(ACTIVATION_NAMES))}"
+        )
+    return ACTIVATION_NAMES[name]
+
+
+def _rope(config: dict[str, Any]) -> RopeConfig:
+    """From `rope_theta` and `rope_scaling`, or `rope_parameters`, which holds both."""
+    options = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = options.get("rope_theta") or config.get("rope_theta") or 10_000.0
+    kind = options.get("rope_type") or options.get("type") or "default"
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, "linear", options["factor"])
+    if kind == "llama3":
+        return RopeConfig(
+            theta,
+            "llama3",
+            options["factor"],
+            options["low_freq_factor"],
+            options["high_freq_factor"],
+            options["original_max_position_embeddings"],
+        )
+    raise ModelLoadError(
+        f"config.json asks for rotary scaling of type {kind!r}; supported are default, linear "
+        "and llama3"
+    )
+
+
+def _tokens(value: int | list[int] | None) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+def _llama_like(
+    config: dict[str, Any], qkv_bias: bool, window: int | None, qk_norm: bool = False
+) -> ModelConfig:
+    heads = config["num_attention_heads"]
+    attention_bias = config.get("attention_bias", False)
+    return ModelConfig(
+        family=config["model_type"],
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        intermediate_size=config["intermediate_size"],
+        max_positions=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        activation=_activation(config.get("hidden_act", "silu")),
+        rope=_rope(config),
+        qkv_bias=qkv_bias or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=config.get("mlp_bias", False),
+        qk_norm=qk_norm,
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        sliding_window=window,
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=_tokens(config.get("eos_token_id")),
+    )
+
+
+def _llama(config: dict[str, Any]) -> ModelConfig:
+    return _llama_like(config, qkv_bias=False, window=None)
+
+
+def _mistral(config: dict[str, Any]) -> ModelConfig:
+    return _llama_like(config, qkv_bias=False, window=config.get("sliding_window"))
+
+
+def _qwen2(config: dict[str, Any]) -> ModelConfig:
+    return _llama_like(config, qkv_bias=True, window=_qwen_window(config))
+
+
+def _qwen3(config: dict[str, Any]) -> ModelConfig:
+    return _llama_like(config, qkv_bias=False, window=_qwen_window(config), qk_norm=True)
+
+
+def _qwen_window(config: dict[str, Any]) -> int | None:
+    return config.get("sliding_window") if config.get("use_sliding_window") else None
+
+
+def _opt(config: dict[str, Any]) -> ModelConfig:
+    if config.get("word_embed_proj_dim", config["hidden_size"]) != config["hidden_size"]:
+        raise ModelLoadError(
+            f"this OPT projects its embeddings (word_embed_proj_dim "
+            f"{config['word_embed_proj_dim']}, hidden_size {config['hidden_size']}), as only "
+            "OPT-350m does, and that is not supported; choose another size of OPT"
+        )
+    if not config.get("do_layer_norm_before", True):
+        raise ModelLoadError(
+            "this OPT normalizes after each layer (do_layer_norm_before is false), as only "
+            "OPT-350m does, and that is not supported; choose another size of OPT"
+        )
+    heads = config["num_attention_heads"]
+    bias = config.get("enable_bias", True)
+    return ModelConfig(
+        family="opt",
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=config["hidden_size"] // heads,
+        intermediate_size=config["ffn_dim"],
+        max_positions=config["max_position_embeddings"],
+        norm="layer",
+        activation=_activation(config.get("activation_function", "relu")),
+        gated_mlp=False,
+        rope=None,
+        learned_position_offset=2,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        tie_word_embeddings=config.get("tie_word_embeddings", True),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=_tokens(config.get("eos_token_id")),
+    )
+
+
+def _gpt2(config: dict[str, Any]) -> ModelConfig:
+    heads, hidden = config["n_head"], config["n_embd"]
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=config["vocab_size"],
+        hidden_size=hidden,
+        num_layers=config["n_layer"],
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        intermediate_size=config.get("n_inner") or 4 * hidden,
+        max_positions=config["n_positions"],
+        norm="layer",
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        activation=_activation(config.get("activation_function", "gelu_new")),
+        gated_mlp=False,
+        rope=None,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=config.get("tie_word_embeddings", True),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=_tokens(config.get("eos_token_id")),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_llama, LLAMA_TABLE),
+    "mistral": Family(_mistral, LLAMA_TABLE),
+    "qwen2": Family(_qwen2, LLAMA_TABLE),
+    "qwen3": Family(_qwen3, LLAMA_TABLE),
+    "opt": Family(_opt, OPT_TABLE, prefixes=("model.", "decoder.")),
+    "gpt2": Family(
+        _gpt2,
+        GPT2_TABLE,
+        prefixes=("transformer.",),
+        transposed=r"h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight",
+        ignored=r"h\.\d+\.attn\.(bias|masked_bias)",
+    ),
+}
+
+
+def read_config(config: dict[str, Any]) -> ModelConfig:
+    """The decoder that a config.json describes; ModelLoadError if it is not supported."""
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise ModelLoadError(
+            f"the model is of type {name!r}; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    if config.get("quantization_config"):
+        raise ModelLoadError(
+            "the checkpoint is quantized (config.json has a quantization_config), which is not "
+            "supported; choose the plain one, or a GGUF file"
+        )
+    try:
+        return FAMILIES[name].read_config(config)
+    except KeyError as error:
+        raise ModelLoadError(f"config.json has no {error.args[0]!r}, which {name} needs") from error
