@@ -1,0 +1,5 @@
+"""`python -m minipaged` is the command line."""
+
+from minipaged.cli import main
+
+main()
