@@ -71,17 +71,18 @@ class Bundle:
         # seqs x queries x kv_heads x group x d  ->  seqs x kv_heads x (queries group) x d
         grouped = query[self.rows].view(self.num_seqs, self.queries, kv_heads, -1, head_dim)
         grouped = grouped.transpose(1, 2).flatten(2, 3)
-        gathered = []
-        for name, cache in (("keys", keys), ("values", values)):
-            slots = cache.view(-1, kv_heads * head_dim)
-            out = workspace.take(name, cache, len(self.slots), kv_heads * head_dim)
-            torch.index_select(slots, 0, self.slots, out=out)
-            gathered.append(
-                out.view(self.num_seqs, self.context, kv_heads, head_dim).transpose(1, 2)
-            )
-        out = F.scaled_dot_product_attention(grouped, *gathered, attn_mask=mask)
+        key = self._gather("keys", keys, workspace)
+        value = self._gather("values", values, workspace)
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
         out = out.view(self.num_seqs, kv_heads, self.queries, -1, head_dim)
         return out.transpose(1, 2).reshape(-1, heads, head_dim)
+
+    def _gather(self, name: str, cache: Tensor, workspace: Workspace) -> Tensor:
+        """The slots of all sequences, [seqs, kv_heads, context, head_dim], as a view."""
+        kv_heads, head_dim = cache.shape[2:]
+        gathered = workspace.take(name, cache, len(self.slots), kv_heads * head_dim)
+        torch.index_select(cache.view(-1, kv_heads * head_dim), 0, self.slots, out=gathered)
+        return gathered.view(self.num_seqs, self.context, kv_heads, head_dim).transpose(1, 2)
 
 
 def bundles(batch: PagedBatch) -> list[Bundle]:

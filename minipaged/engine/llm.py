@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Sequenced
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from minipaged.engine.builder import EngineOptions, load_engine
 from minipaged.engine.engine import Prompt
@@ -44,21 +44,20 @@ class LLM:
         on_step: called after every iteration with the requests that got a token.
         Raises InvalidRequestError, before anything runs, if one prompt cannot be served.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+        prompt_list = _as_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        if len(sampling_params) != len(prompts):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompt_list)
+        if len(sampling_params) != len(prompt_list):
             raise InvalidRequestError(
-                f"{len(prompts)} prompts came with {len(sampling_params)} sampling parameters; "
+                f"{len(prompt_list)} prompts came with {len(sampling_params)} sampling parameters; "
                 "give one for all or one for each"
             )
         request_ids: list[str] = []
         done: dict[str, RequestOutput] = {}
         try:
-            for prompt, params in zip(prompts, sampling_params, strict=True):
+            for prompt, params in zip(prompt_list, sampling_params, strict=True):
                 request_id = str(self._num_requests)
-                self.engine.add_request(request_id, prompt, params)  # type: ignore[arg-type]
+                self.engine.add_request(request_id, prompt, params)
                 self._num_requests += 1
                 request_ids.append(request_id)
             while self.engine.has_unfinished_requests:
@@ -83,6 +82,13 @@ class LLM:
             raise InvalidRequestError("the model has no tokenizer, so it cannot chat")
         prompts = [tokenizer.apply_chat_template(chat) for chat in conversations]
         return self.generate(prompts, sampling_params)
+
+
+def _as_list(prompts: Prompt | Sequenced[Prompt]) -> list[Prompt]:
+    """One prompt, as text or token ids, is a list of one."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast("Sequenced[Prompt]", prompts))
 
 
 def show_messages() -> None:

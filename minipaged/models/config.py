@@ -63,9 +63,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
-        sizes += ("head_dim", "intermediate_size", "max_positions")
-        for name in sizes:
+        heads = ("num_heads", "num_kv_heads", "head_dim")
+        others = ("vocab_size", "hidden_size", "num_layers", "intermediate_size", "max_positions")
+        for name in (*heads, *others):
             if getattr(self, name) < 1:
                 raise ConfigurationError(
                     f"the model's {name} is {getattr(self, name)}; it must be at least 1"

@@ -65,6 +65,14 @@ def _build(config: Any, source: Any, family: families.Family, dtype: Any) -> Dec
     return decoder.eval().requires_grad_(False)
 
 
+def vocab_size(model: str | Path) -> int:
+    """Size of a model's vocabulary, without loading its weights."""
+    path = resolve(model)
+    if path.is_file():
+        return GGUFFile(path).config.vocab_size
+    return families.read_config(_read_json(path / "config.json")).vocab_size
+
+
 def resolve(model: str | Path) -> Path:
     """The directory or GGUF file of a model; ModelLoadError says what to do if there is none."""
     if model == "tiny":

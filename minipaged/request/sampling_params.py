@@ -96,8 +96,8 @@ class SamplingParams:
 
     def _check_types(self) -> None:
         whole = ("top_k", "min_tokens", "max_tokens", "logprobs", "seed")
-        real = ("temperature", "top_p", "min_p", "repetition_penalty")
-        real += ("presence_penalty", "frequency_penalty")
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        real = ("temperature", "top_p", "min_p", *penalties)
         for name in (*whole, *real):
             value: Any = getattr(self, name)
             optional = name in ("max_tokens", "logprobs", "seed")

@@ -65,17 +65,14 @@ class StepPlan(NamedTuple):
 
     @classmethod
     def from_dict(cls, plan: dict[str, Any]) -> StepPlan:
-        """The inverse of `to_dict`, also after a way through JSON (where tuples become lists)."""
+        """The inverse of `to_dict`, also after a way through JSON, where tuples become lists."""
+
+        def restore(item: dict[str, Any]) -> ScheduledSequence:
+            tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in item.items()}
+            return ScheduledSequence(**tuples)
+
         return cls(
-            scheduled=tuple(
-                ScheduledSequence(
-                    **{
-                        name: tuple(value) if isinstance(value, list) else value
-                        for name, value in item.items()
-                    }
-                )
-                for item in plan["scheduled"]
-            ),
+            scheduled=tuple(restore(item) for item in plan["scheduled"]),
             swap_out=tuple(BlockCopy(*pair) for pair in plan["swap_out"]),
             swap_in=tuple(BlockCopy(*pair) for pair in plan["swap_in"]),
             copies=tuple(BlockCopy(*pair) for pair in plan["copies"]),

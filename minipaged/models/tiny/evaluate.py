@@ -17,10 +17,10 @@ def causal_attend(batch_size: int) -> Attend:
     """Attention over a batch of windows of equal length, with no cache."""
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        windows = [t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (query, key, value)]
-        value_type = windows[2].dtype  # rotary embedding may have raised the others
-        windows = [t.to(value_type) for t in windows]
-        out = F.scaled_dot_product_attention(*windows, is_causal=True, enable_gqa=True)
+        q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (query, key, value))
+        # Under autocast the rotary embedding has raised queries and keys to float32.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
     return attend

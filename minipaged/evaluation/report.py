@@ -1,0 +1,61 @@
+"""Measurements for people, as a table, and for programs, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from minipaged.evaluation.throughput import Measurement
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [li for li in cpuinfo.read_text().splitlines() if li.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return {
+        "cpu": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def show_throughput(console: Console, measurements: list[Measurement]) -> None:
+    """Tokens per second, the ratio to the best other system, memory, and where the time went."""
+    ours, *others = measurements
+    table = Table("system", "tokens/s", "seconds of each run", "peak memory, GiB")
+    for m in measurements:
+        runs = ", ".join(f"{seconds:.1f}" for seconds in m.seconds)
+        table.add_row(m.system, f"{m.tokens_per_second:.1f}", runs, f"{m.peak_memory_gib:.2f}")
+    console.print(table)
+    if others:
+        best = max(others, key=lambda m: m.tokens_per_second)
+        ratio = ours.tokens_per_second / best.tokens_per_second
+        console.print(f"{ratio:.2f} times {best.system}, the better of the others")
+    if ours.shares is not None:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in ours.shares.items())
+        console.print(f"time of minipaged: {shares}")
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+
+
+def write_json(path: Path, measurements: list[Measurement], **about: Any) -> None:
+    """The same figures, with the command that made them."""
+    result = {
+        "command": shlex.join(["minipaged", *sys.argv[1:]]),
+        **about,
+        "machine": machine(),
+        "measurements": [dataclasses.asdict(m) for m in measurements],
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
