@@ -1,0 +1,103 @@
+"""The block map says what the tables say."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from rich.console import Console
+
+from minipaged.engine.trace import StepRecord, TableRecord
+from minipaged.scheduling.step_plan import StepPlan
+from minipaged.visual import block_map as bm
+from runs import record, shared_record
+from strategies import Request, Workload, workloads
+
+RUN = Workload(
+    tuple(Request((1, 2, 3, i), {"max_tokens": 14, "ignore_eos": True}) for i in range(4)),
+    block_size=2,
+    num_blocks=16,
+    max_num_seqs=4,
+    max_num_batched_tokens=12,
+)
+
+
+def text_of(renderable, width=110):
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+@settings(max_examples=25)
+@given(workload=workloads())
+def test_every_block_stands_in_the_grid_once_with_its_owner(workload):
+    trace, _ = record(workload)
+    for step in trace:
+        names = bm.letters(step.tables)
+        cells = []
+        for line in str(bm.pool_text(step, names)).splitlines():
+            cells += re.findall(r".{4}", line[8:])
+        assert len(cells) == step.num_blocks
+        for block, cell in enumerate(cells):
+            owners = [t for t in step.tables if block in t.blocks]
+            if not owners:
+                assert cell.strip() == bm.FREE
+            else:
+                assert names[owners[0].seq_id] in cell
+                filled = bm.filled_slots(owners[0], block, step.block_size)
+                assert (bm.LEVELS[-1] in cell) == (filled * 8 > 7 * step.block_size)
+
+
+def test_a_shared_block_is_marked():
+    text = str(bm.pool_text(shared_record(), bm.letters(shared_record().tables)))
+    assert "A█+" in text
+    assert text.count("+") == 1
+    assert shared_record().num_used_blocks == 3
+    assert shared_record().num_wasted_slots == 2 + 3
+
+
+def test_the_summary_of_a_run():
+    trace, engine = record(RUN)
+    text = text_of(bm.run_summary(trace))
+    fullest = max(trace.records, key=lambda r: r.num_used_blocks)
+    used = {block for table in fullest.tables for block in table.blocks}
+    empty = len(used) * 2 - sum(table.num_tokens for table in fullest.tables)
+    assert f"{len(used)} of 16 blocks used" in text
+    assert f"{empty} slots wasted: {empty / len(used) / 2:.1%}" in text
+    assert f"{engine.scheduler.num_preemptions} preemptions" in text
+    for i, letter in enumerate("ABCD"):
+        (line,) = [li for li in text.splitlines() if f"request {i}" in li]
+        assert line.strip().startswith(letter)
+        last = trace.last_tables()[i]
+        assert f"[{', '.join(map(str, last.blocks))}]  last block 1/2 full" in line
+
+
+@pytest.mark.parametrize("num_blocks", [600, 100_000])
+def test_large_pools_and_long_tables_stay_short(num_blocks):
+    table = TableRecord(0, "long", tuple(range(0, 580, 2)), 290 * 16)
+    step = StepRecord(0, 0.1, StepPlan(), 16, num_blocks, (table,), (), (), {}, {}, 0)
+    text = text_of(bm.block_map(step))
+    assert len(text.splitlines()) < 40
+    assert "[0, 2, 4, 6, 8, 10, … 278 more …, 568, 570, 572, 574, 576, 578]" in text
+
+
+def test_many_sequences_have_names_of_their_own():
+    tables = tuple(TableRecord(i, str(i), (i,), 1) for i in range(120))
+    names = bm.letters(tables)
+    assert len(set(names.values())) == 120
+    assert [names[0], names[25], names[26], names[52]] == ["A", "Z", "a", "#52"]
+
+
+def test_the_figure_shows_every_block():
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    trace, _ = record(RUN)
+    ax = bm.plot_block_map(trace.fullest)
+    used = trace.fullest.num_used_blocks
+    assert len(ax.patches) == 16 + used
+    labels = [t.get_text() for t in ax.texts]
+    for table in trace.fullest.tables:
+        for i in range(len(table.blocks)):
+            assert f"{'ABCD'[table.seq_id]}{i}" in labels
+    ax.figure.canvas.draw()

@@ -1,0 +1,136 @@
+"""The trace page: its data are the records, it loads nothing, and a browser can step through it."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from hypothesis import given, settings
+
+from minipaged.engine.trace import Trace
+from minipaged.visual.trace_page import trace_html, write_trace_html
+from runs import record, shared_record
+from strategies import Request, Workload, workloads
+
+RUN = Workload(
+    tuple(Request((1, 2, 3, i), {"max_tokens": 14, "ignore_eos": True}) for i in range(4)),
+    block_size=2,
+    num_blocks=16,
+    max_num_seqs=4,
+    max_num_batched_tokens=12,
+)
+HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\"'&amp;<!--\n"
+
+
+def data_of(page):
+    (text,) = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text)
+
+
+@settings(max_examples=25)
+@given(workload=workloads())
+def test_the_data_are_the_records(workload):
+    trace, _ = record(workload)
+    data = data_of(trace_html(trace))
+    before = {}
+    assert len(data["steps"]) == len(trace)
+    for step, rec in zip(data["steps"], trace, strict=True):
+        now = {}
+        for seq, tokens, kept, *new in step["tables"]:
+            now[seq] = ((*before.get(seq, ((), 0))[0][:kept], *new), tokens)
+        assert now == {t.seq_id: (t.blocks, t.num_tokens) for t in rec.tables}
+        assert step["used"] == rec.num_used_blocks
+        assert step["wasted"] == rec.num_wasted_slots
+        assert step["preempted"] == list(rec.plan.preempted)
+        before = now
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    page = trace_html(record(RUN)[0])
+    assert not re.findall(r"https?:(?!\" \+ \"//www\.w3\.org/2000/svg\")", page)
+    assert not re.findall(r"(?:src|href|url|@import)\s*[=(]", page)
+    assert "import(" not in page
+    assert "fetch(" not in page
+
+
+def test_hostile_text_is_data():
+    trace = Trace()
+    trace(shared_record()._replace(new_text={"x": HOSTILE}))
+    page = trace_html(trace, title="<b>&")
+    assert data_of(page)["steps"][0]["text"]["x"] == HOSTILE
+    assert HOSTILE not in page
+    assert page.count("</script>") == 2
+    assert "<title>&lt;b&gt;&amp;</title>" in page
+
+
+def test_the_page_stays_small():
+    requests = tuple(
+        Request((1 + i % 12,) * 9, {"max_tokens": 50, "ignore_eos": True}) for i in range(30)
+    )
+    trace, _ = record(Workload(requests, 4, 200, 30, 60))
+    assert len(trace) >= 50
+    assert len(trace_html(trace)) < 300_000
+
+
+def test_an_empty_trace_is_refused():
+    with pytest.raises(ValueError, match="no step"):
+        trace_html(Trace())
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVE = """
+<script>
+window.errors = [];
+window.addEventListener("error", function (e) { window.errors.push(e.message); });
+window.addEventListener("load", function () {
+  var root = document.querySelector(".mp-trace"), seen = [];
+  function press(name) { root.querySelector('[data-do="' + name + '"]').click(); }
+  function key(k) { root.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true})); }
+  function note() {
+    var cells = {};
+    root.querySelectorAll(".mp-block.used").forEach(function (c) { cells[c.dataset.block] = c.dataset.owner; });
+    seen.push([Number(root.dataset.step), cells]);
+  }
+  note(); press("next"); note(); key("ArrowRight"); note(); press("previous"); note();
+  var scrub = root.querySelector("input"); scrub.value = 9;
+  scrub.dispatchEvent(new Event("input")); note();
+  location.hash = "#step=4";
+  setTimeout(function () {
+    note(); press("first"); press("play");
+    setTimeout(function () {
+      note(); press("play");
+      var pre = document.createElement("pre"); pre.id = "result";
+      pre.textContent = JSON.stringify({seen: seen, errors: window.errors});
+      document.body.appendChild(pre);
+    }, 900);
+  }, 100);
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path to open the page with")
+def test_a_browser_steps_through_the_page(tmp_path):
+    trace, _ = record(RUN)
+    page = tmp_path / "trace.html"
+    write_trace_html(trace, page)
+    page.write_text(page.read_text("utf-8").replace("<body>", "<body>" + DRIVE), "utf-8")
+    flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-quic --disable-sync"
+    flags += " --disable-background-networking --disable-component-update"
+    dom = subprocess.run(
+        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+        + ["--virtual-time-budget=4000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    result = json.loads(re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL).group(1))
+    assert result["errors"] == []
+    steps = [step for step, _ in result["seen"]]
+    assert steps[:6] == [0, 1, 2, 1, 9, 4]
+    assert steps[6] > 0, "play did not advance"
+    for step, cells in result["seen"]:
+        tables = trace.records[step].tables
+        expected = {str(b): "ABCD"[t.seq_id] for t in tables for b in t.blocks}
+        assert cells == expected, f"step {step}"
