@@ -17,7 +17,6 @@ from minipaged.errors import ConfigurationError, InvalidRequestError, MinipagedE
 
 if TYPE_CHECKING:
     from minipaged.engine.engine import Engine
-    from minipaged.engine.outputs import RequestOutput
 
 app = typer.Typer(
     help="PagedAttention, readable: generate text and watch the block map.",

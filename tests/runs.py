@@ -1,10 +1,11 @@
 """Recorded runs of the engine for the tests of pictures."""
 
+from strategies import Workload
+
 from minipaged.engine.engine import Engine
 from minipaged.engine.trace import StepRecord, TableRecord, Trace
 from minipaged.request.sampling_params import SamplingParams
 from minipaged.scheduling.step_plan import StepPlan
-from strategies import Workload
 
 
 def record(workload: Workload) -> tuple[Trace, Engine]:

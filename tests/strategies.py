@@ -1,4 +1,4 @@
-"""Workloads for the engine, printed as code that can be pasted, and the tiny model that serves them."""
+"""Workloads for the engine, printed as code to paste, and the tiny model that serves them."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_large_scores_do_not_overflow():
 def test_lower_precision_stays_near_the_oracle(dtype, tolerance):
     case = Case(16, 3, 3, 64, ((200, 1), (17, 17), (130, 40), (1, 1)), 5)
     torch.manual_seed(5)
-    batch, cache, kv = place(case)
+    batch, cache, _ = place(case)
     query = torch.randn(sum(case.queries), 9, 64, dtype=torch.float64)
     expected = attention_backend("reference")(batch)(query, cache.keys[0], cache.values[0])
     for backend in BACKENDS:

@@ -5,12 +5,12 @@ import re
 import pytest
 from hypothesis import given, settings
 from rich.console import Console
+from runs import record, shared_record
+from strategies import Request, Workload, workloads
 
 from minipaged.engine.trace import StepRecord, TableRecord
 from minipaged.scheduling.step_plan import StepPlan
 from minipaged.visual import block_map as bm
-from runs import record, shared_record
-from strategies import Request, Workload, workloads
 
 RUN = Workload(
     tuple(Request((1, 2, 3, i), {"max_tokens": 14, "ignore_eos": True}) for i in range(4)),

@@ -7,11 +7,11 @@ import subprocess
 
 import pytest
 from hypothesis import given, settings
+from runs import record, shared_record
+from strategies import Request, Workload, workloads
 
 from minipaged.engine.trace import Trace
 from minipaged.visual.trace_page import trace_html, write_trace_html
-from runs import record, shared_record
-from strategies import Request, Workload, workloads
 
 RUN = Workload(
     tuple(Request((1, 2, 3, i), {"max_tokens": 14, "ignore_eos": True}) for i in range(4)),
@@ -78,7 +78,9 @@ def test_an_empty_trace_is_refused():
         trace_html(Trace())
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 DRIVE = """
 <script>
 window.errors = [];
@@ -89,7 +91,9 @@ window.addEventListener("load", function () {
   function key(k) { root.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true})); }
   function note() {
     var cells = {};
-    root.querySelectorAll(".mp-block.used").forEach(function (c) { cells[c.dataset.block] = c.dataset.owner; });
+    root.querySelectorAll(".mp-block.used").forEach(function (cell) {
+      cells[cell.dataset.block] = cell.dataset.owner;
+    });
     seen.push([Number(root.dataset.step), cells]);
   }
   note(); press("next"); note(); key("ArrowRight"); note(); press("previous"); note();
@@ -118,9 +122,9 @@ def test_a_browser_steps_through_the_page(tmp_path):
     page.write_text(page.read_text("utf-8").replace("<body>", "<body>" + DRIVE), "utf-8")
     flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-quic --disable-sync"
     flags += " --disable-background-networking --disable-component-update"
+    flags += f" --virtual-time-budget=4000 --dump-dom --user-data-dir={tmp_path / 'profile'}"
     dom = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-        + ["--virtual-time-budget=4000", "--dump-dom", page.as_uri()],
+        [CHROMIUM, *flags.split(), page.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,

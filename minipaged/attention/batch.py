@@ -1,4 +1,4 @@
-"""What a paged attention needs to know of a step: the queries, contexts and tables of its sequences.
+"""What a paged attention needs to know of a step: its queries, contexts and block tables.
 
 Built once per step and read by every layer.  All attentions take the same description, so
 that a slow one, a fast one and a kernel can stand in for each other.

@@ -153,7 +153,6 @@ class Transformers:
         )
         return time.perf_counter() - start
 
-
     def continuous_batch(self, workload: list[WorkloadRequest]) -> float:
         """Its own paged cache and scheduler; every request ends with its own output."""
         from transformers import GenerationConfig
@@ -163,9 +162,7 @@ class Transformers:
         config.max_new_tokens = max(request.output_length for request in workload)
         with self.model.continuous_batching_context_manager(generation_config=config) as manager:
             for request in workload:
-                manager.add_request(
-                    request.prompt_token_ids, max_new_tokens=request.output_length
-                )
+                manager.add_request(request.prompt_token_ids, max_new_tokens=request.output_length)
             finished = 0
             for result in manager:
                 finished += result.is_finished()

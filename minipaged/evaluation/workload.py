@@ -42,7 +42,9 @@ def read_workload(path: Path, vocab_size: int, seed: int) -> list[WorkloadReques
         try:
             entry = json.loads(line)
             prompt, output = entry["prompt_length"], entry["output_length"]
-            if not (isinstance(prompt, int) and isinstance(output, int) and min(prompt, output) > 0):
+            if not (
+                isinstance(prompt, int) and isinstance(output, int) and min(prompt, output) > 0
+            ):
                 raise ValueError("both lengths must be whole numbers of at least 1")
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidRequestError(

@@ -96,7 +96,9 @@ class Family:
     def sources(self, parameter: str) -> tuple[str, ...]:
         """Tensors of the checkpoint, without prefix, that make this parameter of the decoder."""
         for pattern, names in self.table.items():
-            regex = re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", r"(?P<s>\w+)")
+            regex = (
+                re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", r"(?P<s>\w+)")
+            )
             match = re.fullmatch(regex, parameter)
             if match:
                 found = {"i": "", "s": "", **match.groupdict()}

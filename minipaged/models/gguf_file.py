@@ -148,7 +148,9 @@ class GGUFFile:
         for token, kind in zip(tokens, metadata.get("token_type", []), strict=False):
             if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN):
                 added = AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)
-                backend.add_special_tokens([added]) if added.special else backend.add_tokens([added])
+                backend.add_special_tokens([added]) if added.special else backend.add_tokens(
+                    [added]
+                )
         special = {
             f"{name}_token": tokens[metadata[f"{name}_token_id"]]
             for name in ("bos", "eos")

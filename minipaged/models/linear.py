@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """Same result as the nn.Linear it is made from, for any number of rows; holds no plain weight."""
+    """Same result as the nn.Linear it is made from, for any number of rows."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

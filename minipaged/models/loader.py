@@ -41,7 +41,9 @@ def load_decoder(
     path = resolve(model)
     if path.is_file():
         file = GGUFFile(path)
-        decoder = _build(file.config, file, file.family, torch.float32 if dtype == "auto" else dtype)
+        decoder = _build(
+            file.config, file, file.family, torch.float32 if dtype == "auto" else dtype
+        )
         return decoder, file.tokenizer()
     description = _read_json(path / "config.json")
     config = families.read_config(description)

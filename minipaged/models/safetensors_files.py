@@ -48,7 +48,9 @@ def _find_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError) as error:
             raise ModelLoadError(f"{index} is no index of shards: {error!r}") from error
         missing = [shard for shard in shards if not (directory / shard).exists()]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minipaged.errors import ModelLoadError
+from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
 from minipaged.models.families import Family
 from minipaged.models.linear import PackedLinear, can_pack
@@ -38,8 +39,11 @@ def fill(decoder: Decoder, source: TensorSource, family: Family, dtype: torch.dt
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             parts = family.sources(f"{path}.{name}")
-            tensors = [(stored[part], bool(re.fullmatch(family.transposed, part))) for part in parts]
-            filled = _read_parameter(source, tensors, parameter, dtype)
+            filled = torch.empty(parameter.shape, dtype=dtype)
+            targets = filled.split(_rows_of_parts(decoder.config, len(filled), len(parts)))
+            for part, target in zip(parts, targets, strict=True):
+                transposed = re.fullmatch(family.transposed, part) is not None
+                _read_into(target, source, stored[part], transposed)
             setattr(module, name, nn.Parameter(filled, requires_grad=False))
         if isinstance(module, nn.Linear) and can_pack(dtype):
             parent, _, child = path.rpartition(".")
@@ -76,35 +80,26 @@ def _listed(names: list[str]) -> str:
     return f"tensor {names[0]!r}{more}"
 
 
-def _read_parameter(
-    source: TensorSource, parts: list[tuple[str, bool]], parameter: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Stack the parts (name, transposed) row upon row into a fresh tensor."""
-    filled = torch.empty(parameter.shape, dtype=dtype)
-    row = 0
-    for name, transposed in parts:
-        tensor = source.read(name)
-        if transposed:
-            tensor = tensor.T
-        rows = len(tensor) if len(parts) > 1 else len(filled)
-        target = filled[row : row + rows]
-        row += rows
-        if tensor.shape != target.shape:
-            _refuse_shape(name, tensor, parameter, len(parts))
-        if not torch.isfinite(tensor).all():
-            raise ModelLoadError(
-                f"tensor {name!r} has elements that are infinite or not a number; the file is "
-                "damaged, or was saved after a failed training"
-            )
-        target.copy_(tensor)
-    if row != len(filled):
-        _refuse_shape(name, tensor, parameter, len(parts))
-    return filled
+def _rows_of_parts(config: ModelConfig, rows: int, num_parts: int) -> list[int]:
+    """Rows of queries, keys and values, or of gate and up, or of a parameter of one part."""
+    if num_parts == 3:
+        kv = config.num_kv_heads * config.head_dim
+        return [rows - 2 * kv, kv, kv]
+    return [rows // num_parts] * num_parts
 
 
-def _refuse_shape(name: str, tensor: Tensor, parameter: Tensor, num_parts: int) -> None:
-    where = f"as one of {num_parts} parts of" if num_parts > 1 else "for"
-    raise ModelLoadError(
-        f"tensor {name!r} has shape {list(tensor.shape)}, which does not fit {where} the shape "
-        f"{list(parameter.shape)} that config.json asks for"
-    )
+def _read_into(target: Tensor, source: TensorSource, name: str, transposed: bool) -> None:
+    """Convert one tensor of the checkpoint into its rows of a parameter, checking both."""
+    tensor = source.read(name)
+    expected = target.T.shape if transposed else target.shape
+    if tensor.shape != expected:
+        raise ModelLoadError(
+            f"tensor {name!r} has shape {list(tensor.shape)} and config.json asks for "
+            f"{list(expected)}; they are of different models"
+        )
+    if not torch.isfinite(tensor).all():
+        raise ModelLoadError(
+            f"tensor {name!r} has elements that are infinite or not a number; the file is "
+            "damaged, or was saved after a failed training"
+        )
+    target.copy_(tensor.T if transposed else tensor)

@@ -68,7 +68,9 @@ class StepPlan(NamedTuple):
         """The inverse of `to_dict`, also after a way through JSON, where tuples become lists."""
 
         def restore(item: dict[str, Any]) -> ScheduledSequence:
-            tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in item.items()}
+            tuples: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in item.items()
+            }
             return ScheduledSequence(**tuples)
 
         return cls(

@@ -122,7 +122,9 @@ def run_summary(trace: Trace) -> Group:
         ),
         pool_text(record, names),
         Text(),
-        Text("Last block table of every sequence (physical block of logical block 0, 1, …)", "bold"),
+        Text(
+            "Last block table of every sequence (physical block of logical block 0, 1, …)", "bold"
+        ),
         *(table_text(table, names[table.seq_id], record.block_size) for table in sorted(last)),
         Text(),
         waste_text(record),

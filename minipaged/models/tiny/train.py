@@ -82,7 +82,9 @@ def initialize(decoder: Decoder, config: ModelConfig) -> None:
     for name, parameter in decoder.named_parameters():
         if parameter.dim() > 1:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_layers if residual else 1))
+            nn.init.normal_(
+                parameter, std=0.02 / math.sqrt(2 * config.num_layers if residual else 1)
+            )
 
 
 def add_dropout(decoder: Decoder, probability: float) -> None:
@@ -195,7 +197,9 @@ def main() -> None:
     decoder = train(tokens, CONFIG, recipe, report=report)
     save_checkpoint(decoder, tokenizer, out)
     size = sum(parameter.numel() for parameter in decoder.parameters())
-    print(f"{size} parameters, {nats_per_character(decoder, tokenizer, held_out):.4f} nats/character")
+    print(
+        f"{size} parameters, {nats_per_character(decoder, tokenizer, held_out):.4f} nats/character"
+    )
 
 
 if __name__ == "__main__":
