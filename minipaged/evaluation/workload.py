@@ -22,6 +22,13 @@ def uniform_workload(
     num_requests: int, shortest: int, longest: int, vocab_size: int, seed: int
 ) -> list[WorkloadRequest]:
     """Prompts of random tokens; prompt and output lengths are uniform in shortest..longest."""
+    if not 1 <= shortest <= longest:
+        raise InvalidRequestError(
+            f"--shortest is {shortest} and --longest {longest}; both are tokens of at least 1, "
+            "and the first must not exceed the second"
+        )
+    if num_requests < 1:
+        raise InvalidRequestError(f"--num-requests is {num_requests}; at least 1 is needed")
     random = np.random.default_rng(seed)
     lengths = random.integers(shortest, longest, size=(num_requests, 2), endpoint=True)
     return [

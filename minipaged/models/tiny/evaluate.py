@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from minipaged.models.decoder import Attend, Decoder
+from minipaged.models.loader import load_decoder
 
 
 def causal_attend(batch_size: int) -> Attend:
@@ -24,21 +24,41 @@ def causal_attend(batch_size: int) -> Attend:
 
 
 @torch.inference_mode()
-def nats_per_character(decoder: Decoder, tokenizer: Tokenizer, text: str) -> float:
-    """Negative log-likelihood of a text over its number of characters.
+def nats_per_character(decoder: Decoder, token_ids: list[int], num_characters: int) -> float:
+    """Negative log-likelihood of a text's tokens over its number of characters.
 
-    The text is cut into windows as long as the context that advance by half of it; each
-    token but the first of the text is predicted once, from half a context of tokens or more
-    wherever there are so many before it.
+    The tokens are cut into windows as long as the context that advance by half of it; each
+    token but the first is predicted once, from half a context of tokens or more wherever
+    there are so many before it.
     """
-    length = decoder.config.context_length
-    tokens = torch.tensor(tokenizer.encode(text).ids)
+    length, tokens = decoder.config.context_length, torch.tensor(token_ids)
     total, predicted = 0.0, 1
     for start in range(0, max(1, len(tokens) - length // 2), length // 2):
         window = tokens[start : start + length]
         logits = decoder(window, torch.arange(len(window)), causal_attend(1))
-        new = predicted - start  # the tokens before it were predicted in the window before
-        losses = F.cross_entropy(logits[new - 1 : -1].float(), window[new:], reduction="none")
-        total += losses.double().sum().item()
+        new = predicted - start  # what is before it was predicted in the window before
+        losses = F.cross_entropy(logits[new - 1 : -1].float(), window[new:], reduction="sum")
+        total += losses.item()
         predicted = start + len(window)
-    return total / len(text)
+    return total / num_characters
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """The text to train on, and the last tenth of the characters, which is held out."""
+    cut = len(text) - len(text) // 10
+    return text[:cut], text[cut:]
+
+
+def held_out_loss(text: str) -> float:
+    """Nats per character of the shipped weights, in float32, over the held-out tenth."""
+    decoder, tokenizer = load_decoder("tiny", torch.float32)
+    assert tokenizer is not None
+    _, held_out = split_text(text)
+    return nats_per_character(decoder, tokenizer.encode(held_out), len(held_out))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True, help="the text it was trained on")
+    loss = held_out_loss(parser.parse_args().text.read_text(encoding="utf-8"))
+    print(f"{loss:.4f} nats per character of the last tenth")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
 from minipaged.models.tiny.checkpoint import save_checkpoint
-from minipaged.models.tiny.evaluate import causal_attend, nats_per_character
+from minipaged.models.tiny.evaluate import causal_attend, nats_per_character, split_text
 
 CONTEXT = 512
 END_OF_TEXT = "<|endoftext|>"
@@ -56,12 +56,6 @@ class Recipe:
     seed: int = 0
 
 
-def split_text(text: str) -> tuple[str, str]:
-    """The text to train on, and the last tenth of the characters, which is held out."""
-    cut = len(text) - len(text) // 10
-    return text[:cut], text[cut:]
-
-
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     """Byte-level BPE: any Unicode text has tokens, and they spell it exactly."""
     tokenizer = Tokenizer(models.BPE())
@@ -82,9 +76,8 @@ def initialize(decoder: Decoder, config: ModelConfig) -> None:
     for name, parameter in decoder.named_parameters():
         if parameter.dim() > 1:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(
-                parameter, std=0.02 / math.sqrt(2 * config.num_layers if residual else 1)
-            )
+            smaller = math.sqrt(2 * config.num_layers) if residual else 1.0
+            nn.init.normal_(parameter, std=0.02 / smaller)
 
 
 def add_dropout(decoder: Decoder, probability: float) -> None:
@@ -186,20 +179,21 @@ def main() -> None:
     tokens = torch.tensor(tokenizer.encode(training).ids)
     print(f"{len(training)} characters are {len(tokens)} tokens")
 
+    def held_out_loss(decoder: Decoder, share: int) -> float:
+        sample = held_out[: len(held_out) // share]
+        return nats_per_character(decoder, tokenizer.encode(sample).ids, len(sample))
+
     def report(step: int, done: float, loss: float, average: Decoder) -> None:
         if step % 50 == 0:
             print(f"step {step:5}  {done:6.1%}  {loss:.3f} nats/token", flush=True)
         if step % 250 == 0:
-            sample = held_out[: len(held_out) // 5]
-            print(f"held out (a fifth of it): {nats_per_character(average, tokenizer, sample):.4f}")
+            print(f"a fifth of the held-out text: {held_out_loss(average, 5):.4f} nats/character")
             save_checkpoint(average, tokenizer, out)
 
     decoder = train(tokens, CONFIG, recipe, report=report)
     save_checkpoint(decoder, tokenizer, out)
     size = sum(parameter.numel() for parameter in decoder.parameters())
-    print(
-        f"{size} parameters, {nats_per_character(decoder, tokenizer, held_out):.4f} nats/character"
-    )
+    print(f"{size} parameters, held out: {held_out_loss(decoder, 1):.4f} nats/character")
 
 
 if __name__ == "__main__":

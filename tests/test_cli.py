@@ -1,0 +1,161 @@
+"""The command line as a user meets it: output, exit codes, one sentence for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "minipaged"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
+
+
+def run(*arguments, text=None):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=text,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=200,
+    )
+
+
+def test_generate_streams_and_draws_the_block_map(tmp_path):
+    page = tmp_path / "trace.html"
+    done = run(
+        *("generate", "ROMEO:", "JULIET:\nO", "KING", "--num-blocks", 10, "--max-tokens", 60),
+        *("--trace-html", page, "--ignore-eos"),
+    )
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    assert "[0] ROMEO: |" in out
+    assert "[1] JULIET: O |" in out
+    assert "tokens/s   0 running   0 waiting" in out
+    assert "preempted   " in out
+    assert "Block map at step" in out
+    assert "of 10 blocks used" in out
+    assert out.count("/16 full") == 3
+    assert "wasted over the whole run" in out
+    assert "KV cache: 10 blocks of 16 tokens" in done.stderr
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_the_same_seed_gives_the_same_text():
+    first, second, other = (
+        run("generate", "ROMEO:", "--max-tokens", 30, "--seed", seed).stdout.split("tokens/s")[0]
+        for seed in (1, 1, 2)
+    )
+    lines = [[li for li in out.splitlines() if " | " in li] for out in (first, second, other)]
+    assert lines[0] == lines[1] != lines[2]
+
+
+def test_prompts_from_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("ROMEO:\n\nJULIET:\n")
+    done = run("generate", "KING:", "--prompts", file, "--max-tokens", 4, "--num-blocks", 8)
+    assert done.returncode == 0, done.stderr
+    for i, name in enumerate(["KING", "ROMEO", "JULIET"]):
+        assert f"[{i}] {name}: |" in done.stdout
+    assert done.stdout.count("last block ") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "there is no prompt"),
+        (["generate", "x", "--max-tokens", 0], "max_tokens is 0"),
+        (["generate", "x", "--max-tokens", -5], "max_tokens is -5"),
+        (["generate", "x", "--top-p", 1.5], "top_p is 1.5"),
+        (["generate", "x", "--top-p", 0], "top_p is 0"),
+        (["generate", "x", "--num-blocks", 0], "num_blocks is 0"),
+        (["generate", "x", "--block-size", 0], "block_size is 0"),
+        (["generate", "x", "--dtype", "int8"], "no dtype 'int8'"),
+        (["generate", "x", "--attention", "magic"], "no attention 'magic'"),
+        (["generate", "x", "--model", "no/such-model"], "fetching it from the hub failed"),
+        (["generate", "x", "--model", "."], "has no config.json"),
+        (["generate", "x", "--prompts", "no-such-file"], "--prompts no-such-file cannot be read"),
+        (["generate", "x", "--trace-html", "no-such-dir/t.html"], "does not exist"),
+        (["chat", "--model", "tiny"], "tiny has no chat template"),
+        (["bench", "throughput", "--requests", "no-such-file"], "no-such-file cannot be read"),
+        (["bench", "throughput", "--against", "vllm"], "--against vllm is unknown"),
+        (["bench", "throughput", "--repeats", 0], "--repeats is 0"),
+        (["bench", "throughput", "--shortest", 9, "--longest", 3], "--shortest is 9"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    *messages, last = done.stderr.strip().splitlines()
+    assert message in last
+    assert all("KV cache" in line for line in messages)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_prompt_does_not_harm_the_others():
+    long = "to be " * 400
+    done = run("generate", "ROMEO:", "", long, "--num-blocks", 20, "--max-tokens", 10)
+    assert done.returncode == 2
+    assert "[0] ROMEO: |" in done.stdout
+    assert "request 0" in done.stdout
+    assert "prompt 1 (): the prompt is empty" in done.stderr
+    assert "prompt 2 (to be to be" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_shows_what_there_is():
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "ROMEO:", "--max-tokens", "480", "--ignore-eos"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    first = process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "[0] ROMEO: |" in first + out
+    assert "Block map at step" in out
+    assert "Traceback" not in errors
+
+
+def test_chat_reads_lines_until_the_end(tmp_path):
+    """With the shipped model under a template of its own: how it answers does not matter."""
+    from minipaged.models.loader import TINY
+
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    done = run(
+        *("chat", "--model", tmp_path, "--max-tokens", 8, "--num-blocks", 12), text="Hello\nYou\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 4
+
+
+def test_throughput_of_a_workload_from_a_file(tmp_path):
+    file, figures = tmp_path / "requests.jsonl", tmp_path / "figures.json"
+    file.write_text('{"prompt_length": 5, "output_length": 6}\n' * 3)
+    done = run(
+        *("bench", "throughput", "--requests", file, "--repeats", 1, "--json", figures),
+        *("--num-blocks", 20),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(figures.read_text())
+    (ours,) = result["measurements"]
+    assert ours["tokens_per_second"] == pytest.approx(18 / min(ours["seconds"]))
+    assert sum(ours["shares"].values()) == pytest.approx(1)
+    assert result["command"].startswith("minipaged bench throughput")
+    assert "model" in done.stdout
+    file.write_text('{"prompt_length": 5, "output_length": 6}\n{"prompt_length": 0}\n')
+    done = run("bench", "throughput", "--requests", file)
+    assert done.returncode == 2
+    assert f"line 2 of {file} is not" in done.stderr
