@@ -7,6 +7,7 @@ so that the pictures show the same blocks on every machine.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -34,7 +35,7 @@ def recorded_run(max_tokens: int = 100, num_blocks: int = 32) -> Trace:
 
 def draw_block_map(path: Path) -> None:
     """The pool of that run some steps before it is full."""
-    style = {"svg.fonttype": "none", "svg.hashsalt": "minipaged", "font.family": "sans-serif"}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "minipaged", "font.family": "sans-serif"}
     trace = recorded_run()
     with mpl.rc_context(style):
         ax = plot_block_map(trace.records[trace.fullest.step - 18])
