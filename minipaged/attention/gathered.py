@@ -1,9 +1,10 @@
 """PagedAttention with PyTorch's own operators: gather the slots of a sequence, then attend.
 
-Sequences of like shape form a bundle, padded to the longest of it, and each bundle is one
-gather and one scaled_dot_product_attention.  Padding repeats a slot that the sequence owns
-and is masked, so that nothing is read that nobody wrote.  All index tensors are built once
-per step; the gathered keys and values go into one buffer that every layer uses again.
+Neighbouring sequences of like shape form a bundle, padded to the longest of it, and each
+bundle is one gather and one scaled_dot_product_attention; the runner sorts the sequences of
+a step so that bundles are large.  Padding repeats a slot that the sequence owns and is
+masked, so that nothing is read that nobody wrote.  All index tensors are built once per
+step; the gathered keys and values go into one buffer that every layer uses again.
 
 What it costs: the gather moves as many bytes as the attention reads.  A kernel that reads
 the blocks in place does without.
@@ -11,6 +12,7 @@ the blocks in place does without.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -19,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipaged.attention.batch import PagedAttention, PagedBatch
+
+# Slots that a bundle may waste: about what one more bundle costs (measured with SmolLM2).
+MOST_PADDING = 512
 
 
 class Workspace:
@@ -37,45 +42,63 @@ class Workspace:
 
 
 class Bundle:
-    """Sequences padded to the same number of queries and the same context length.
+    """Consecutive sequences, padded to the same number of queries and the same context length.
 
-    rows: token row of each query, [seqs * queries]; padded queries repeat the last one.
+    rows: the token rows of its sequences.
+    padded: row of each padded query within them, [seqs * queries], or None without padding.
+    real: which of the padded queries are not padding, or None.
     slots: cache slot of each context position, [seqs * context].
-    mask: which context positions a query sees, [seqs, 1, queries, context].
+    visible: which context positions a query sees, [seqs, 1, queries, context].
     """
 
-    def __init__(self, batch: PagedBatch, members: np.ndarray) -> None:
-        new, context = batch.query_lengths[members], batch.context_lengths[members]
-        self.num_seqs, self.queries, self.context = len(members), int(new.max()), int(context.max())
+    def __init__(self, batch: PagedBatch, seqs: slice) -> None:
+        new, context = batch.query_lengths[seqs], batch.context_lengths[seqs]
+        starts = batch.query_starts[seqs]
+        self.num_seqs, self.queries, self.context = len(new), int(new.max()), int(context.max())
+        self.rows = slice(int(starts[0]), int(starts[-1] + new[-1]))
 
-        query = np.minimum(np.arange(self.queries), new[:, None] - 1)
-        rows = batch.query_starts[members][:, None] + query
-        self.rows = torch.from_numpy(rows.reshape(-1))
+        query = np.arange(self.queries)
+        exists = query < new[:, None]
+        query = np.minimum(query, new[:, None] - 1)  # padding repeats the last one
+        self.padded = self.real = None
+        if not exists.all():
+            self.padded = torch.from_numpy((starts[:, None] - starts[0] + query).reshape(-1))
+            self.real = torch.from_numpy(np.flatnonzero(exists))
 
         position = np.arange(self.context)
-        exists = position < context[:, None]
-        logical, offset = np.divmod(np.where(exists, position, 0), batch.block_size)
-        blocks = np.take_along_axis(batch.block_tables[members], logical, axis=1)
+        logical, offset = np.divmod(
+            np.where(position < context[:, None], position, 0), batch.block_size
+        )
+        blocks = np.take_along_axis(batch.block_tables[seqs], logical, axis=1)
         self.slots = torch.from_numpy((blocks * batch.block_size + offset).reshape(-1))
 
         last_seen = (context - new)[:, None] + query  # position of each query in its sequence
-        self.mask = torch.from_numpy(position <= last_seen[:, None, :, None])
+        self.visible = torch.from_numpy(position <= last_seen[:, None, :, None])
+
+    def additive_mask(self, group: int, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a key and -inf elsewhere; a row for each query head of a group."""
+        mask = torch.zeros(self.visible.shape, dtype=dtype).masked_fill_(~self.visible, -math.inf)
+        return mask.repeat_interleave(group, dim=2) if self.queries > 1 else mask
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, workspace: Workspace
     ) -> Tensor:
-        """Attention of all queries of the bundle, [seqs * queries, heads, head_dim]."""
+        """Attention of the bundle's rows, [rows, heads, head_dim]."""
         heads, head_dim = query.shape[1:]
         kv_heads = keys.shape[2]
+        query = query[self.rows]
+        if self.padded is not None:
+            query = query.index_select(0, self.padded)
         # The query heads that share a KV head are more queries on that head:
         # seqs x queries x kv_heads x group x d  ->  seqs x kv_heads x (queries group) x d
-        grouped = query[self.rows].view(self.num_seqs, self.queries, kv_heads, -1, head_dim)
+        grouped = query.view(self.num_seqs, self.queries, kv_heads, -1, head_dim)
         grouped = grouped.transpose(1, 2).flatten(2, 3)
         key = self._gather("keys", keys, workspace)
         value = self._gather("values", values, workspace)
         out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
         out = out.view(self.num_seqs, kv_heads, self.queries, -1, head_dim)
-        return out.transpose(1, 2).reshape(-1, heads, head_dim)
+        out = out.transpose(1, 2).reshape(-1, heads, head_dim)
+        return out if self.real is None else out.index_select(0, self.real)
 
     def _gather(self, name: str, cache: Tensor, workspace: Workspace) -> Tensor:
         """The slots of all sequences, [seqs, kv_heads, context, head_dim], as a view."""
@@ -86,12 +109,19 @@ class Bundle:
 
 
 def bundles(batch: PagedBatch) -> list[Bundle]:
-    """Put together whose query and context lengths have the same power of two above them."""
-    lengths = np.stack((batch.query_lengths, batch.context_lengths))
-    powers = np.ceil(np.log2(lengths))
-    _, bundle_of = np.unique(powers, axis=1, return_inverse=True)
-    bundle_of = bundle_of.reshape(-1)
-    return [Bundle(batch, np.flatnonzero(bundle_of == i)) for i in range(int(bundle_of.max()) + 1)]
+    """Cut the batch where the query lengths grow apart or the contexts would pad too much."""
+    powers = np.ceil(np.log2(batch.query_lengths)).tolist()
+    contexts = batch.context_lengths.tolist()
+    cuts, longest, total = [0], 0, 0
+    for i, context in enumerate(contexts):
+        longest, total = max(longest, context), total + context
+        if powers[i] != powers[cuts[-1]] or longest * (i + 1 - cuts[-1]) - total > MOST_PADDING:
+            cuts.append(i)
+            longest = total = context
+    return [
+        Bundle(batch, slice(start, end))
+        for start, end in itertools.pairwise([*cuts, len(contexts)])
+    ]
 
 
 class GatheredAttention:
@@ -107,16 +137,11 @@ class GatheredAttention:
         def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             if not masks:  # the first layer of the step
                 group = query.shape[1] // keys.shape[2]
-                masks.extend(_additive_mask(part.mask, group, query) for part in parts)
-            output = torch.empty_like(query)
-            for part, mask in zip(parts, masks, strict=True):
-                output[part.rows] = part.attend(query, keys, values, mask, self._workspace)
-            return output
+                masks.extend(part.additive_mask(group, query.dtype) for part in parts)
+            outputs = [
+                part.attend(query, keys, values, mask, self._workspace)
+                for part, mask in zip(parts, masks, strict=True)
+            ]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         return attention
-
-
-def _additive_mask(visible: Tensor, group: int, query: Tensor) -> Tensor:
-    """0 where a query sees a key and -inf elsewhere, one row for every query head of a group."""
-    mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, -math.inf)
-    return mask.repeat_interleave(group, dim=2) if visible.shape[2] > 1 else mask

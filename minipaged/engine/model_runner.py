@@ -45,15 +45,20 @@ class ModelRunner:
         cache.swap_in(plan.swap_in)
         cache.copy_blocks(plan.copies)
 
+        # Like shapes next to each other, for the attention; the logits return in plan order.
+        lengths = [(len(item.token_ids), item.context_length) for item in plan.scheduled]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        items = [plan.scheduled[i] for i in order]
         batch = PagedBatch.from_lists(
             cache.shape.block_size,
-            [len(item.token_ids) for item in plan.scheduled],
-            [item.context_length for item in plan.scheduled],
-            [item.block_table for item in plan.scheduled],
+            [len(item.token_ids) for item in items],
+            [item.context_length for item in items],
+            [item.block_table for item in items],
         )
-        token_ids = np.concatenate([item.token_ids for item in plan.scheduled])
-        last_rows = batch.query_starts[1:] - 1
-        samples = np.array([item.samples for item in plan.scheduled])
+        token_ids = np.concatenate([item.token_ids for item in items])
+        last_rows = np.empty(len(items), dtype=np.int64)
+        last_rows[order] = batch.query_starts[1:] - 1
+        samples = [item.samples for item in plan.scheduled]
         slots = torch.from_numpy(batch.slots())
         attention = self.prepare_attention(batch)
 
