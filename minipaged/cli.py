@@ -41,6 +41,7 @@ SeqsOption = Annotated[int, typer.Option(help="sequences that run at a time")]
 BudgetOption = Annotated[int | None, typer.Option(help="tokens computed per step")]
 AttentionOption = Annotated[str, typer.Option(help="attention backend")]
 SeedOption = Annotated[int, typer.Option(help="of the random streams")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figures to a file")]
 MaxTokensOption = Annotated[int, typer.Option(help="output tokens per prompt")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy")]
 TopKOption = Annotated[int, typer.Option(help="draw among the k likeliest; 0 for all")]
@@ -188,7 +189,7 @@ def throughput(
     against: Annotated[str | None, typer.Option(help="transformers")] = None,
     repeats: Annotated[int, typer.Option(help="runs of each; the best counts")] = 2,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures")] = None,
+    json_file: JsonOption = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     block_size: BlockSizeOption = 16,
@@ -229,6 +230,28 @@ def throughput(
     report.show_throughput(Console(highlight=False), measurements)
     if json_file is not None:
         report.write_json(json_file, measurements, model=model, dtype=dtype)
+
+
+@bench.command()
+def scheduler(
+    num_seqs: Annotated[
+        list[int] | None, typer.Option(help="running sequences; may be given several times")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="decoding steps to measure")] = 200,
+    json_file: JsonOption = None,
+) -> None:
+    """Milliseconds that one step's plan takes, by the number of running sequences."""
+    from minipaged.evaluation import report
+    from minipaged.evaluation.scheduler_cost import measure_scheduler
+
+    sizes = num_seqs or [10, 100, 1000, 4000]
+    for name, value in (("--steps", steps), *(("--num-seqs", size) for size in sizes)):
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+    costs = [measure_scheduler(size, steps) for size in sizes]
+    report.show_scheduler(Console(highlight=False), costs)
+    if json_file is not None:
+        report.write_json(json_file, costs, steps=steps)
 
 
 def _answer(engine: Engine, console: Console, messages: list[dict[str, str]], params: Any) -> str:

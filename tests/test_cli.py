@@ -83,6 +83,7 @@ def test_prompts_from_a_file(tmp_path):
         (["bench", "throughput", "--requests", "no-such-file"], "no-such-file cannot be read"),
         (["bench", "throughput", "--against", "vllm"], "--against vllm is unknown"),
         (["bench", "throughput", "--repeats", 0], "--repeats is 0"),
+        (["bench", "scheduler", "--steps", 0], "--steps is 0"),
         (["bench", "throughput", "--shortest", 9, "--longest", 3], "--shortest is 9"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
@@ -159,3 +160,15 @@ def test_throughput_of_a_workload_from_a_file(tmp_path):
     done = run("bench", "throughput", "--requests", file)
     assert done.returncode == 2
     assert f"line 2 of {file} is not" in done.stderr
+
+
+def test_cost_of_the_scheduler(tmp_path):
+    figures = tmp_path / "figures.json"
+    done = run(
+        *("bench", "scheduler", "--num-seqs", 3, "--num-seqs", 50, "--steps", 5),
+        *("--json", figures),
+    )
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(figures.read_text())["measurements"]
+    assert [cost["num_seqs"] for cost in costs] == [3, 50]
+    assert all(0 < cost["median_ms"] <= cost["largest_ms"] for cost in costs)

@@ -186,10 +186,10 @@ def test_a_config_that_lacks_a_field():
 def test_a_sliding_window_limits_the_context():
     """Within the window, attention is plain causal attention; beyond it is not supported."""
     config = hugging_face_config(CONFIG) | {"model_type": "mistral", "sliding_window": 20}
-    assert read_config(config).context_length == 20
-    assert read_config(config | {"sliding_window": None}).context_length == 32
+    assert read_config(config)[0].context_length == 20
+    assert read_config(config | {"sliding_window": None})[0].context_length == 32
     qwen = config | {"model_type": "qwen2", "use_sliding_window": False}
-    assert read_config(qwen).context_length == 32
+    assert read_config(qwen)[0].context_length == 32
 
 
 def test_config_that_is_no_json(checkpoint):

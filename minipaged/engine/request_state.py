@@ -30,6 +30,7 @@ class RequestState:
     ) -> None:
         self.group = group
         self.prompt = prompt
+        self.prompt_token_ids = self.sequence.token_ids.copy()
         self.end_token_ids = end_token_ids
         self.max_tokens = max_tokens
         self.finish_reason: FinishReason | None = None
@@ -96,7 +97,7 @@ class RequestState:
         return RequestOutput(
             request_id=self.group.request_id,
             prompt=self.prompt,
-            prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
+            prompt_token_ids=self.prompt_token_ids,
             outputs=[completion],
             finished=self.finish_reason is not None,
         )

@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.evaluation.scheduler_cost import SchedulerCost
 from minipaged.evaluation.throughput import Measurement
 
 
@@ -50,7 +52,17 @@ def show_throughput(console: Console, measurements: list[Measurement]) -> None:
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
 
 
-def write_json(path: Path, measurements: list[Measurement], **about: Any) -> None:
+def show_scheduler(console: Console, costs: list[SchedulerCost]) -> None:
+    """The cost of a plan by the number of running sequences."""
+    table = Table("running sequences", "median, ms", "largest, ms", "µs per sequence")
+    for cost in costs:
+        figures = (cost.median_ms, cost.largest_ms, cost.microseconds_per_sequence)
+        table.add_row(str(cost.num_seqs), *(f"{figure:.2f}" for figure in figures))
+    console.print(table)
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+
+
+def write_json(path: Path, measurements: Sequence[Any], **about: Any) -> None:
     """The same figures, with the command that made them."""
     result = {
         "command": shlex.join(["minipaged", *sys.argv[1:]]),

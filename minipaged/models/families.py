@@ -1,118 +1,14 @@
-"""The model families: how each one's config.json and tensor names map to the decoder's.
-
-One entry per family.  The tables are the whole knowledge of a checkpoint's layout: which of
-its tensors, stacked row upon row, make which parameter of the decoder.
-"""
+"""The model families, by the `model_type` of a config.json: what decoder each one describes."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from minipaged.errors import ModelLoadError
+from minipaged.models import layouts
 from minipaged.models.config import Activation, ModelConfig, RopeConfig
-
-Table = dict[str, tuple[str, ...]]
-"""Parameter of the decoder -> tensors of the checkpoint; `{i}` is the layer."""
-
-LLAMA_TABLE: Table = {
-    "embed_tokens.weight": ("embed_tokens.weight",),
-    "layers.{i}.attention_norm.weight": ("layers.{i}.input_layernorm.weight",),
-    "layers.{i}.qkv_proj.weight": (
-        "layers.{i}.self_attn.q_proj.weight",
-        "layers.{i}.self_attn.k_proj.weight",
-        "layers.{i}.self_attn.v_proj.weight",
-    ),
-    "layers.{i}.qkv_proj.bias": (
-        "layers.{i}.self_attn.q_proj.bias",
-        "layers.{i}.self_attn.k_proj.bias",
-        "layers.{i}.self_attn.v_proj.bias",
-    ),
-    "layers.{i}.q_norm.weight": ("layers.{i}.self_attn.q_norm.weight",),
-    "layers.{i}.k_norm.weight": ("layers.{i}.self_attn.k_norm.weight",),
-    "layers.{i}.o_proj.weight": ("layers.{i}.self_attn.o_proj.weight",),
-    "layers.{i}.o_proj.bias": ("layers.{i}.self_attn.o_proj.bias",),
-    "layers.{i}.mlp_norm.weight": ("layers.{i}.post_attention_layernorm.weight",),
-    "layers.{i}.up_proj.weight": (
-        "layers.{i}.mlp.gate_proj.weight",
-        "layers.{i}.mlp.up_proj.weight",
-    ),
-    "layers.{i}.up_proj.bias": ("layers.{i}.mlp.gate_proj.bias", "layers.{i}.mlp.up_proj.bias"),
-    "layers.{i}.down_proj.weight": ("layers.{i}.mlp.down_proj.weight",),
-    "layers.{i}.down_proj.bias": ("layers.{i}.mlp.down_proj.bias",),
-    "final_norm.weight": ("norm.weight",),
-    "lm_head.weight": ("lm_head.weight",),
-}
-
-OPT_TABLE: Table = {
-    "embed_tokens.weight": ("embed_tokens.weight",),
-    "embed_positions.weight": ("embed_positions.weight",),
-    "layers.{i}.attention_norm.*": ("layers.{i}.self_attn_layer_norm.*",),
-    "layers.{i}.qkv_proj.*": (
-        "layers.{i}.self_attn.q_proj.*",
-        "layers.{i}.self_attn.k_proj.*",
-        "layers.{i}.self_attn.v_proj.*",
-    ),
-    "layers.{i}.o_proj.*": ("layers.{i}.self_attn.out_proj.*",),
-    "layers.{i}.mlp_norm.*": ("layers.{i}.final_layer_norm.*",),
-    "layers.{i}.up_proj.*": ("layers.{i}.fc1.*",),
-    "layers.{i}.down_proj.*": ("layers.{i}.fc2.*",),
-    "final_norm.*": ("final_layer_norm.*",),
-    "lm_head.weight": ("lm_head.weight",),
-}
-
-GPT2_TABLE: Table = {
-    "embed_tokens.weight": ("wte.weight",),
-    "embed_positions.weight": ("wpe.weight",),
-    "layers.{i}.attention_norm.*": ("h.{i}.ln_1.*",),
-    "layers.{i}.qkv_proj.*": ("h.{i}.attn.c_attn.*",),
-    "layers.{i}.o_proj.*": ("h.{i}.attn.c_proj.*",),
-    "layers.{i}.mlp_norm.*": ("h.{i}.ln_2.*",),
-    "layers.{i}.up_proj.*": ("h.{i}.mlp.c_fc.*",),
-    "layers.{i}.down_proj.*": ("h.{i}.mlp.c_proj.*",),
-    "final_norm.*": ("ln_f.*",),
-    "lm_head.weight": ("lm_head.weight",),
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One way to write a checkpoint.
-
-    prefixes: what may stand before the names of the table, as some checkpoints are of the
-        bare model and some of the model with its head.
-    transposed: tensors stored as [in, out], by pattern.
-    ignored: tensors that hold nothing to learn, by pattern.
-    """
-
-    read_config: Callable[[dict[str, Any]], ModelConfig]
-    table: Table
-    prefixes: tuple[str, ...] = ("model.",)
-    transposed: str = r"(?!)"
-    ignored: str = r".*rotary_emb\.inv_freq"
-
-    def sources(self, parameter: str) -> tuple[str, ...]:
-        """Tensors of the checkpoint, without prefix, that make this parameter of the decoder."""
-        for pattern, names in self.table.items():
-            regex = (
-                re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", r"(?P<s>\w+)")
-            )
-            match = re.fullmatch(regex, parameter)
-            if match:
-                found = {"i": "", "s": "", **match.groupdict()}
-                return tuple(
-                    name.replace("{i}", found["i"]).replace("*", found["s"]) for name in names
-                )
-        raise KeyError(parameter)
-
-    def strip_prefix(self, name: str) -> str:
-        """The name as the table has it."""
-        for prefix in self.prefixes:
-            name = name.removeprefix(prefix)
-        return name
-
+from minipaged.models.layouts import Layout
 
 ACTIVATION_NAMES: dict[str, Activation] = {
     "silu": "silu",
@@ -274,24 +170,21 @@ def _gpt2(config: dict[str, Any]) -> ModelConfig:
     )
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama, LLAMA_TABLE),
-    "mistral": Family(_mistral, LLAMA_TABLE),
-    "qwen2": Family(_qwen2, LLAMA_TABLE),
-    "qwen3": Family(_qwen3, LLAMA_TABLE),
-    "opt": Family(_opt, OPT_TABLE, prefixes=("model.", "decoder.")),
-    "gpt2": Family(
-        _gpt2,
-        GPT2_TABLE,
-        prefixes=("transformer.",),
-        transposed=r"h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight",
-        ignored=r"h\.\d+\.attn\.(bias|masked_bias)",
-    ),
+FAMILIES: dict[str, tuple[Callable[[dict[str, Any]], ModelConfig], Layout]] = {
+    "llama": (_llama, layouts.LLAMA),
+    "mistral": (_mistral, layouts.LLAMA),
+    "qwen2": (_qwen2, layouts.LLAMA),
+    "qwen3": (_qwen3, layouts.LLAMA),
+    "opt": (_opt, layouts.OPT),
+    "gpt2": (_gpt2, layouts.GPT2),
 }
 
 
-def read_config(config: dict[str, Any]) -> ModelConfig:
-    """The decoder that a config.json describes; ModelLoadError if it is not supported."""
+def read_config(config: dict[str, Any]) -> tuple[ModelConfig, Layout]:
+    """The decoder that a config.json describes and the layout of its checkpoint.
+
+    Raises ModelLoadError if they are not supported.
+    """
     name = config.get("model_type")
     if name not in FAMILIES:
         raise ModelLoadError(
@@ -302,7 +195,8 @@ def read_config(config: dict[str, Any]) -> ModelConfig:
             "the checkpoint is quantized (config.json has a quantization_config), which is not "
             "supported; choose the plain one, or a GGUF file"
         )
+    read, layout = FAMILIES[name]
     try:
-        return FAMILIES[name].read_config(config)
+        return read(config), layout
     except KeyError as error:
         raise ModelLoadError(f"config.json has no {error.args[0]!r}, which {name} needs") from error

@@ -17,20 +17,7 @@ from torch import Tensor
 
 from minipaged.errors import ModelLoadError
 from minipaged.models.config import ModelConfig, RopeConfig
-from minipaged.models.families import Family, Table
 from minipaged.models.tokenizer import Tokenizer
-
-GGUF_TABLE: Table = {
-    "embed_tokens.weight": ("token_embd.weight",),
-    "layers.{i}.attention_norm.weight": ("blk.{i}.attn_norm.weight",),
-    "layers.{i}.qkv_proj.*": ("blk.{i}.attn_q.*", "blk.{i}.attn_k.*", "blk.{i}.attn_v.*"),
-    "layers.{i}.o_proj.*": ("blk.{i}.attn_output.*",),
-    "layers.{i}.mlp_norm.weight": ("blk.{i}.ffn_norm.weight",),
-    "layers.{i}.up_proj.weight": ("blk.{i}.ffn_gate.weight", "blk.{i}.ffn_up.weight"),
-    "layers.{i}.down_proj.weight": ("blk.{i}.ffn_down.weight",),
-    "final_norm.weight": ("output_norm.weight",),
-    "lm_head.weight": ("output.weight",),
-}
 
 # How text is cut into words before the merges of byte-level BPE, by tokenizer.ggml.pre.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -62,9 +49,6 @@ class GGUFFile:
             )
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._read_config()
-        self.family = Family(
-            lambda config: self.config, GGUF_TABLE, prefixes=(), ignored=r"rope_freqs\.weight"
-        )
 
     def _get(self, name: str, default: Any = None) -> Any:
         value = self._metadata.get(f"llama.{name}", default)

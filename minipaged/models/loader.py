@@ -17,12 +17,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from minipaged.errors import ModelLoadError
-from minipaged.models import families
+from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
+from minipaged.models.families import read_config
 from minipaged.models.gguf_file import GGUFFile
+from minipaged.models.layouts import GGUF, Layout
 from minipaged.models.safetensors_files import PICKLES, SafetensorsFiles
 from minipaged.models.tokenizer import Tokenizer
-from minipaged.models.weights import fill
+from minipaged.models.weights import TensorSource, fill
 
 TINY = Path(__file__).parent / "tiny"
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,31 +41,37 @@ def load_decoder(
     dtype: "auto" is the checkpoint's type, but float32 for float16 (slow on a CPU) and for GGUF.
     """
     path = resolve(model)
-    if path.is_file():
-        file = GGUFFile(path)
-        decoder = _build(
-            file.config, file, file.family, torch.float32 if dtype == "auto" else dtype
-        )
-        return decoder, file.tokenizer()
+    return _load_file(path, dtype) if path.is_file() else _load_directory(path, dtype)
+
+
+def _load_file(path: Path, dtype: torch.dtype | str) -> tuple[Decoder, Tokenizer]:
+    file = GGUFFile(path)
+    return _build(file.config, file, GGUF, _choose_dtype(dtype, "float32")), file.tokenizer()
+
+
+def _load_directory(path: Path, dtype: torch.dtype | str) -> tuple[Decoder, Tokenizer | None]:
     description = _read_json(path / "config.json")
-    config = families.read_config(description)
-    if dtype == "auto":
-        name = description.get("dtype") or description.get("torch_dtype") or "float32"
-        dtype = TYPES.get(name, torch.float32)
+    config, layout = read_config(description)
     generation = path / "generation_config.json"
     if generation.exists():
-        ends = _read_json(generation).get("eos_token_id")
-        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        ends = tuple(dict.fromkeys((*config.eos_token_ids, *listed)))
-        config = dataclasses.replace(config, eos_token_ids=ends)
-    source, family = SafetensorsFiles(path), families.FAMILIES[description["model_type"]]
-    return _build(config, source, family, dtype), Tokenizer.from_directory(path)
+        more = _read_json(generation).get("eos_token_id") or []
+        ends = (*config.eos_token_ids, *(more if isinstance(more, list) else [more]))
+        config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
+    stored = description.get("dtype") or description.get("torch_dtype") or "float32"
+    decoder = _build(config, SafetensorsFiles(path), layout, _choose_dtype(dtype, stored))
+    return decoder, Tokenizer.from_directory(path)
 
 
-def _build(config: Any, source: Any, family: families.Family, dtype: Any) -> Decoder:
+def _choose_dtype(wanted: torch.dtype | str, stored: str) -> torch.dtype:
+    return wanted if isinstance(wanted, torch.dtype) else TYPES.get(stored, torch.float32)
+
+
+def _build(
+    config: ModelConfig, source: TensorSource, layout: Layout, dtype: torch.dtype
+) -> Decoder:
     with torch.device("meta"):
         decoder = Decoder(config)
-    fill(decoder, source, family, dtype)
+    fill(decoder, source, layout, dtype)
     return decoder.eval().requires_grad_(False)
 
 
@@ -72,7 +80,7 @@ def vocab_size(model: str | Path) -> int:
     path = resolve(model)
     if path.is_file():
         return GGUFFile(path).config.vocab_size
-    return families.read_config(_read_json(path / "config.json")).vocab_size
+    return read_config(_read_json(path / "config.json"))[0].vocab_size
 
 
 def resolve(model: str | Path) -> Path:

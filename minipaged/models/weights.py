@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minipaged.errors import ModelLoadError
 from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
-from minipaged.models.families import Family
+from minipaged.models.layouts import Layout
 from minipaged.models.linear import PackedLinear, can_pack
 
 
@@ -29,20 +29,20 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-def fill(decoder: Decoder, source: TensorSource, family: Family, dtype: torch.dtype) -> None:
+def fill(decoder: Decoder, source: TensorSource, layout: Layout, dtype: torch.dtype) -> None:
     """Load all parameters, then pack what can be packed, module by module."""
-    stored = {family.strip_prefix(name): name for name in source.shapes()}
-    _check_names(decoder, family, stored)
+    stored = {layout.strip_prefix(name): name for name in source.shapes()}
+    _check_names(decoder, layout, stored)
     tied = decoder.lm_head.weight is decoder.embed_tokens.weight
     for path, module in list(decoder.named_modules()):
         if tied and path == "lm_head":
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            parts = family.sources(f"{path}.{name}")
+            parts = layout.sources(f"{path}.{name}")
             filled = torch.empty(parameter.shape, dtype=dtype)
             targets = filled.split(_rows_of_parts(decoder.config, len(filled), len(parts)))
             for part, target in zip(parts, targets, strict=True):
-                transposed = re.fullmatch(family.transposed, part) is not None
+                transposed = re.fullmatch(layout.transposed, part) is not None
                 _read_into(target, source, stored[part], transposed)
             setattr(module, name, nn.Parameter(filled, requires_grad=False))
         if isinstance(module, nn.Linear) and can_pack(dtype):
@@ -52,10 +52,10 @@ def fill(decoder: Decoder, source: TensorSource, family: Family, dtype: torch.dt
         decoder.lm_head.weight = decoder.embed_tokens.weight
 
 
-def _check_names(decoder: Decoder, family: Family, stored: dict[str, str]) -> None:
+def _check_names(decoder: Decoder, layout: Layout, stored: dict[str, str]) -> None:
     tied = decoder.lm_head.weight is decoder.embed_tokens.weight
     wanted = {
-        part for name, _ in decoder.named_parameters() for part in family.sources(name)
+        part for name, _ in decoder.named_parameters() for part in layout.sources(name)
     }  # of a tied head, named_parameters gives the embedding only
     missing = sorted(wanted - stored.keys())
     if missing:
@@ -66,7 +66,7 @@ def _check_names(decoder: Decoder, family: Family, stored: dict[str, str]) -> No
     extra = sorted(
         name
         for name in stored.keys() - wanted
-        if not re.fullmatch(family.ignored, name) and not (tied and name == "lm_head.weight")
+        if not re.fullmatch(layout.ignored, name) and not (tied and name == "lm_head.weight")
     )
     if extra:
         raise ModelLoadError(

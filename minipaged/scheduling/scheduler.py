@@ -83,11 +83,14 @@ class Scheduler:
 
         position = 0
         while position < len(self.running):
-            group = self.running[position]
-            chunks = next_chunks(group, budget)
-            if not self._make_room(chunks, position, preempted):
+            chunks, num_tokens = next_chunks(self.running[position], budget)
+            # n tokens never take more than n blocks, so that mostly there is room.
+            if num_tokens > self.manager.device.num_free and not self._make_room(
+                chunks, position, preempted
+            ):
                 break  # the group was the last one left and had to go itself
-            budget -= self._schedule(chunks, scheduled, copies)
+            self._take_slots(chunks, scheduled, copies)
+            budget -= num_tokens
             position += 1
 
         # A step that took blocks away from someone has none to give to someone new.
@@ -99,7 +102,9 @@ class Scheduler:
                 break
             self.running.append(self.waiting.popleft())
             group.status = Status.RUNNING
-            budget -= self._schedule(next_chunks(group, budget), scheduled, copies)
+            chunks, num_tokens = next_chunks(group, budget)
+            self._take_slots(chunks, scheduled, copies)
+            budget -= num_tokens
 
         return StepPlan(
             scheduled=tuple(scheduled), copies=tuple(copies), preempted=tuple(preempted)
@@ -121,8 +126,6 @@ class Scheduler:
         Returns False if that group itself had to go, which can only be when it is the last.
         """
         manager = self.manager
-        if sum([n for _, n in chunks]) <= manager.device.num_free:
-            return True  # n tokens never take more than n blocks
         needed = sum(manager.blocks_needed(sequence.seq_id, n) for sequence, n in chunks)
         while needed > manager.device.num_free:
             victim = self.running.pop()
@@ -139,10 +142,10 @@ class Scheduler:
         tokens = (len(sequence.token_ids) for sequence in group.sequences)
         return sum(map(self.manager.blocks_for, tokens)) <= self.manager.device.num_free
 
-    def _schedule(
+    def _take_slots(
         self, chunks: list[Chunk], scheduled: list[ScheduledSequence], copies: list[BlockCopy]
-    ) -> int:
-        """Take the slots for these chunks and add them to the plan; returns their tokens."""
+    ) -> None:
+        """Take the slots for these chunks and add them to the plan."""
         manager = self.manager
         for sequence, n in chunks:
             copy = manager.append(sequence.seq_id, n)
@@ -159,7 +162,6 @@ class Scheduler:
                     start + n == len(tokens),
                 )
             )
-        return sum([n for _, n in chunks])
 
     def check_integrity(self) -> None:
         """Assert, between two steps, that queues, statuses and block tables agree (T2, T6)."""
@@ -185,11 +187,11 @@ Chunk = tuple[Sequence, int]
 """A sequence and how many of its next tokens a step computes."""
 
 
-def next_chunks(group: SequenceGroup, budget: int) -> list[Chunk]:
-    """The next tokens of every sequence of a group, as many as the budget of the step allows."""
-    chunks = []
+def next_chunks(group: SequenceGroup, budget: int) -> tuple[list[Chunk], int]:
+    """The next tokens of every sequence of a group, as the budget allows, and their number."""
+    chunks, num_tokens = [], 0
     for sequence in group.sequences:
-        n = min(len(sequence.token_ids) - sequence.num_computed_tokens, budget)
+        n = min(len(sequence.token_ids) - sequence.num_computed_tokens, budget - num_tokens)
         chunks.append((sequence, n))
-        budget -= n
-    return chunks
+        num_tokens += n
+    return chunks, num_tokens

@@ -1,0 +1,67 @@
+"""What the README shows is what the code does; what it links to exists."""
+
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert len(links) > 20
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_python_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "ROMEO:" in capsys.readouterr().out
+
+
+def test_the_commands_exist():
+    from typer.testing import CliRunner
+
+    from minipaged.cli import app
+
+    for line in re.findall(r"^\$ minipaged (.*)$", README, re.MULTILINE):
+        words = line.split()
+        command = words[:2] if words[0] == "bench" else words[:1]
+        result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0
+        for option in re.findall(r"--[a-z-]+", line):
+            assert option in result.output, f"{line}: no {option}"
+
+
+def test_the_picture_is_up_to_date(tmp_path):
+    """Its labels are compared, not its lines: those differ between releases of matplotlib."""
+    from minipaged.visual.figures import IMAGES, draw_block_map
+
+    mpl.use("Agg")
+    draw_block_map(tmp_path / "now.svg")
+
+    def labels(path):
+        return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text("utf-8"))
+
+    assert len(labels(tmp_path / "now.svg")) > 32
+    assert labels(tmp_path / "now.svg") == labels(IMAGES / "block-map.svg"), (
+        "draw it again with: python -m minipaged.visual.figures"
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "minipaged").rglob("*.py")), ids=str)
+def test_rooms_import_only_from_rooms_below(path):
+    """The order of the rooms is that of the README; visual/ draws records and nothing else."""
+    rooms = ["request", "memory", "attention", "scheduling", "decoding", "models", "engine"]
+    rooms += ["visual", "evaluation"]
+    room = path.relative_to(ROOT / "minipaged").parts[0]
+    if room not in rooms:
+        return
+    imported = re.findall(r"^\s*(?:from|import) minipaged\.(\w+)", path.read_text("utf-8"), re.M)
+    for other in imported:
+        if other in rooms:
+            assert rooms.index(other) <= rooms.index(room), f"{path.name} imports {other}"
