@@ -1,0 +1,33 @@
+"""The command line.  Every command is a thin layer over the Python interface.
+
+Errors that are the input's fault are one sentence on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from minipaged.cli.bench import bench
+from minipaged.cli.generate import INTERRUPTED, chat, complain, generate
+from minipaged.errors import MinipagedError
+
+app = typer.Typer(
+    help="PagedAttention, readable: generate text and watch the block map.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(chat)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        app()
+    except MinipagedError as error:
+        complain(str(error))
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None

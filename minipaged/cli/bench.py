@@ -1,0 +1,102 @@
+"""`minipaged bench`: every command prints a table, and writes the same figures with --json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from minipaged.cli.options import (
+    AttentionOption,
+    BlockSizeOption,
+    BudgetOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    NumBlocksOption,
+    SeedOption,
+    SeqsOption,
+)
+from minipaged.errors import ConfigurationError
+
+bench = typer.Typer(help="Measure.", no_args_is_help=True)
+
+
+@bench.command()
+def throughput(
+    model: ModelOption = "tiny",
+    requests: Annotated[
+        Path | None,
+        typer.Option(help='lines of {"prompt_length": 10, "output_length": 20}'),
+    ] = None,
+    num_requests: Annotated[int, typer.Option(help="made up if there is no file")] = 32,
+    shortest: Annotated[int, typer.Option(help="prompt and output, in tokens")] = 16,
+    longest: Annotated[int, typer.Option(help="prompt and output, in tokens")] = 256,
+    against: Annotated[str | None, typer.Option(help="transformers")] = None,
+    repeats: Annotated[int, typer.Option(help="runs of each; the best counts")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+    json_file: JsonOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+    block_size: BlockSizeOption = 16,
+    num_blocks: NumBlocksOption = None,
+    max_num_seqs: SeqsOption = 256,
+    max_num_batched_tokens: BudgetOption = None,
+    attention: AttentionOption = "torch",
+) -> None:
+    """Generated tokens per second of one workload, here and in transformers."""
+    import torch
+
+    from minipaged.engine.builder import EngineOptions
+    from minipaged.evaluation import report
+    from minipaged.evaluation.throughput import measure
+    from minipaged.evaluation.workload import read_workload, uniform_workload
+    from minipaged.models.loader import vocab_size
+
+    if against not in (None, "transformers"):
+        raise ConfigurationError(f"--against {against} is unknown; it can be transformers")
+    if repeats < 1:
+        raise ConfigurationError(f"--repeats is {repeats}; at least 1 run is needed")
+    if threads:
+        torch.set_num_threads(threads)
+    if requests is not None:
+        workload = read_workload(requests, vocab_size(model), seed)
+    else:
+        workload = uniform_workload(num_requests, shortest, longest, vocab_size(model), seed)
+    options = EngineOptions(
+        dtype=dtype,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        attention=attention,
+        seed=seed,
+    )
+    measurements = measure(model, workload, options, against is not None, repeats)
+    report.show_throughput(Console(highlight=False), measurements)
+    if json_file is not None:
+        report.write_json(json_file, measurements, model=model, dtype=dtype)
+
+
+@bench.command()
+def scheduler(
+    num_seqs: Annotated[
+        list[int] | None, typer.Option(help="running sequences; may be given several times")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="decoding steps to measure")] = 200,
+    json_file: JsonOption = None,
+) -> None:
+    """Milliseconds that one step's plan takes, by the number of running sequences."""
+    from minipaged.evaluation import report
+    from minipaged.evaluation.scheduler_cost import measure_scheduler
+
+    sizes = num_seqs or [10, 100, 1000, 4000]
+    for name, value in (("--steps", steps), *(("--num-seqs", size) for size in sizes)):
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+    costs = [measure_scheduler(size, steps) for size in sizes]
+    report.show_scheduler(Console(highlight=False), costs)
+    if json_file is not None:
+        report.write_json(json_file, costs, steps=steps)
