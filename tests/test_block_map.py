@@ -64,7 +64,7 @@ def test_the_summary_of_a_run():
     empty = len(used) * 2 - sum(table.num_tokens for table in fullest.tables)
     assert f"{len(used)} of 16 blocks used" in text
     assert f"{empty} slots wasted: {empty / len(used) / 2:.1%}" in text
-    assert f"{engine.scheduler.num_preemptions} preemptions" in text
+    assert f"preemptions: {engine.scheduler.num_preemptions};" in text
     for i, letter in enumerate("ABCD"):
         (line,) = [li for li in text.splitlines() if f"request {i}" in li]
         assert line.strip().startswith(letter)

@@ -95,7 +95,7 @@ def generate(
         except InvalidRequestError as error:
             refused.append(f"prompt {number} ({_shorten(text)}): {error}")
     console = Console(highlight=False)
-    finished = _serve(engine, console, names)
+    finished = not names or _serve(engine, console, names)
     if trace.records:
         console.print()
         console.print(run_summary(trace))

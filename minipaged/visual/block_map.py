@@ -129,8 +129,8 @@ def run_summary(trace: Trace) -> Group:
         Text(),
         waste_text(record),
         Text(
-            f"{trace.mean_waste:.1%} wasted over the whole run, "
-            f"{trace.records[-1].num_preemptions} preemptions; {PAPER}"
+            f"{trace.mean_waste:.1%} wasted over the whole run, preemptions: "
+            f"{trace.records[-1].num_preemptions}; {PAPER}"
         ),
     )
 
