@@ -109,8 +109,10 @@ def test_a_bad_prompt_does_not_harm_the_others():
 
 
 def test_ctrl_c_shows_what_there_is():
+    # Sixty long outputs, one after the other: much more than is done before the interrupt.
+    options = ["--max-tokens", "480", "--ignore-eos", "--max-num-seqs", "1"]
     process = subprocess.Popen(
-        [*COMMAND, "generate", "ROMEO:", "--max-tokens", "480", "--ignore-eos"],
+        [*COMMAND, "generate", *["ROMEO:"] * 60, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
