@@ -1,14 +1,14 @@
 """When an output ends: end tokens, the maximum, stop strings that arrive in pieces."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minipaged.decoding.stopping import end_tokens, num_held_back, stop_by_string, stop_by_token
 from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import Sequence
 
-text = st.text(alphabet="ab", max_size=14)
+text = st.text(alphabet="ab", max_size=3)
 
 
 def test_end_tokens_are_the_requests_and_the_models():
@@ -27,6 +27,7 @@ def test_stop_by_token(output, reason):
     assert stop_by_token(sequence, (2,), max_tokens=3) == reason
 
 
+@example(pieces=["a", "b"], stops=["ab"], include=False)
 @given(
     pieces=st.lists(text, max_size=8),
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),

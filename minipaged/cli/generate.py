@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from minipaged.cli.interrupt import Interrupt
 from minipaged.cli.options import (
     AttentionOption,
     BlockSizeOption,
@@ -163,14 +164,13 @@ def _answer(engine: Engine, console: Console, messages: list[dict[str, str]], pa
     assert engine.tokenizer is not None
     engine.add_request("chat", engine.tokenizer.apply_chat_template(messages), params)
     text = ""
-    try:
-        while engine.has_unfinished_requests:
+    with Interrupt() as interrupt:
+        while engine.has_unfinished_requests and not interrupt.asked:
             for output in engine.step():
                 new = output.outputs[0].text[len(text) :]
                 text += new
                 console.print(Text(new), end="", soft_wrap=True)
-    except KeyboardInterrupt:
-        engine.abort("chat")
+    engine.abort("chat")
     console.print()
     return text
 
@@ -179,16 +179,11 @@ def _serve(engine: Engine, console: Console, names: dict[str, str]) -> bool:
     """Run until all is done; on Ctrl-C show what there is.  Returns whether all is done."""
     from minipaged.visual.live import StreamView
 
-    with StreamView(console, names) as view:
+    with StreamView(console, names) as view, Interrupt() as interrupt:
         engine.observers.append(view)
-        try:
-            while engine.has_unfinished_requests:
-                engine.step()
-        except KeyboardInterrupt:
-            for request_id in names:
-                engine.abort(request_id)
-            return False
-    return True
+        while engine.has_unfinished_requests and not interrupt.asked:
+            engine.step()
+    return not engine.has_unfinished_requests
 
 
 def _load(model: str, **options: Any) -> Engine:
