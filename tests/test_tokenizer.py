@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from minipaged.errors import InvalidRequestError, ModelLoadError
 from minipaged.models.detokenizer import REPLACEMENT, IncrementalDetokenizer
@@ -44,6 +46,60 @@ def test_no_half_character_is_shown(tiny, text):
         assert REPLACEMENT not in shown
         assert text.startswith(shown)
     assert shown + detokenizer.finish() == text
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """A tokenizer as LLaMA 2 and Mistral have it: spaces are letters, rare characters bytes."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    words += ["a", "b", "\u2581a", "\u2581b", "ab", "\u2581ab"]
+    merges = [("\u2581", "a"), ("\u2581", "b"), ("a", "b"), ("\u2581", "ab")]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            {word: i for i, word in enumerate(words)},
+            merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Tokenizer(backend)
+
+
+legible = st.text(alphabet="ab aé日🙂👩 ", max_size=20)
+
+
+@given(prompt=legible, text=legible, data=st.data())
+def test_pieces_with_spaces_and_bytes_as_tokens(sentencepiece, prompt, text, data):
+    """Neither half a character is shown nor a space lost, with special tokens in between."""
+    prompt_ids = sentencepiece.encode(prompt + "a")
+    token_ids = sentencepiece.encode(prompt + "a" + text)[len(prompt_ids) :]
+    whole = sentencepiece.decode(prompt_ids + token_ids).removeprefix(
+        sentencepiece.decode(prompt_ids)
+    )
+    specials = data.draw(st.lists(st.integers(0, len(token_ids)), max_size=3))
+    for place in specials:  # where no character is cut in two
+        if not sentencepiece.decode(token_ids[:place]).endswith(REPLACEMENT):
+            token_ids.insert(place, 1)
+    detokenizer = IncrementalDetokenizer(sentencepiece, True, prompt_ids)
+    shown = ""
+    for token_id in token_ids:
+        shown += detokenizer.append(token_id)
+        assert REPLACEMENT not in shown
+        assert whole.startswith(shown)
+    assert shown + detokenizer.finish() == whole
 
 
 def test_a_piece_costs_the_same_however_long_the_text(tiny):

@@ -104,7 +104,7 @@ class Engine:
             max_tokens,
             None
             if self.tokenizer is None
-            else IncrementalDetokenizer(self.tokenizer, params.skip_special_tokens),
+            else IncrementalDetokenizer(self.tokenizer, params.skip_special_tokens, token_ids),
         )
         self._requests[request_id] = state
         self._by_sequence[sequence.seq_id] = state

@@ -6,36 +6,49 @@ is held back until its last byte has come.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from minipaged.models.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 LONGEST_WAIT = 64  # tokens; a character has 4 bytes, so nothing legible takes this long
+PROMPT_CONTEXT = 8  # tokens of the prompt that the first piece is decoded with
 
 
 class IncrementalDetokenizer:
-    """The pieces it returns, put together, are what decoding all tokens at once would give.
+    """The pieces it returns, put together, are what prompt and output spell behind the prompt.
 
     Each token costs two decodings of a short window: the last final piece, which gives the
-    decoder its context, and the tokens after it.
+    decoder its context, and the tokens after it.  The context matters: decoders of the
+    SentencePiece kind drop the space that a text begins with, so that the output's first
+    word needs the end of the prompt in front of it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        prompt_token_ids: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = []
-        self._num_context_tokens = 0  # tokens of the window whose text was returned before
-        self._num_returned = 0  # characters of the window's text that were returned
+        self._window = list(prompt_token_ids[-PROMPT_CONTEXT:])
+        self._num_context_tokens = len(self._window)  # of the window: their text was returned
+        # Characters of the window's text that were returned.
+        self._num_returned = len(self._decode(self._window))
 
     def append(self, token_id: int) -> str:
         """Add a token; returns the text that has become final, which may be none."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        # Only a last, incomplete character can still change; it shows as a replacement sign.
-        incomplete = text.endswith(REPLACEMENT) and len(self._window) < LONGEST_WAIT
-        end = max(self._num_returned, len(text) - incomplete)
+        # Only a last, incomplete character can still change.  It shows as replacement signs:
+        # one, or one for each of its bytes, as the decoder likes.
+        waiting = len(self._window) - self._num_context_tokens < LONGEST_WAIT
+        end = len(text.rstrip(REPLACEMENT)) if waiting else len(text)
         new = text[self._num_returned : end]
-        self._num_returned = end
-        if not incomplete:
+        self._num_returned = max(self._num_returned, end)
+        # A piece without text, such as a special token, is no context for the next one.
+        if self._num_returned == len(text) and (new or not waiting):
             self._window = self._window[self._num_context_tokens :]
             self._num_context_tokens = len(self._window)
             self._num_returned = len(self._decode(self._window))
