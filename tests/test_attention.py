@@ -18,6 +18,7 @@ from minipaged.attention import BACKENDS, attention_backend
 from minipaged.attention.batch import PagedBatch
 from minipaged.attention.contiguous import contiguous_attention
 from minipaged.errors import ConfigurationError
+from minipaged.memory.block_table import DROPPED
 from minipaged.memory.kv_cache import KVCache, KVCacheShape
 
 
@@ -31,6 +32,7 @@ class Case:
     head_dim: int
     sequences: tuple[tuple[int, int], ...]
     seed: int
+    window: int | None = None
 
     @property
     def contexts(self):
@@ -55,11 +57,15 @@ cases = st.builds(
     head_dim=st.sampled_from([1, 2, 8, 20]),
     sequences=st.lists(sequence_shapes(), min_size=1, max_size=6).map(tuple),
     seed=st.integers(0, 2**32 - 1),
+    window=st.one_of(st.none(), st.integers(1, 40), st.integers(1, 5)),
 )
 
 
 def place(case):
-    """A batch over randomly permuted blocks, and the keys and values written through it."""
+    """A batch over randomly permuted blocks, and the keys and values written through it.
+
+    With a sliding window the blocks that no query sees are poisoned and gone from the tables.
+    """
     needed = [-(-context // case.block_size) for context in case.contexts]
     num_blocks = sum(needed) + 3
     order = random.Random(case.seed).sample(range(num_blocks), num_blocks)
@@ -69,7 +75,13 @@ def place(case):
     whole = PagedBatch.from_lists(case.block_size, case.contexts, case.contexts, tables)
     kv = torch.randn(2, sum(case.contexts), case.kv_heads, case.head_dim, dtype=torch.float64)
     cache.write(0, torch.from_numpy(whole.slots()), *kv)
-    batch = PagedBatch.from_lists(case.block_size, case.queries, case.contexts, tables)
+    if case.window is not None:
+        for table, (context, new) in zip(tables, case.sequences, strict=True):
+            for logical in range(max(0, context - new - case.window + 1) // case.block_size):
+                cache.poison(table[logical])
+                table[logical] = DROPPED
+        cache.swap_out([])
+    batch = PagedBatch.from_lists(case.block_size, case.queries, case.contexts, tables, case.window)
     return batch, cache, kv
 
 
@@ -83,7 +95,7 @@ def test_paged_equals_contiguous(backend, case):
     keys, values = (part.split(case.contexts) for part in kv)
     expected = torch.cat(
         [
-            contiguous_attention(q, k, v)
+            contiguous_attention(q, k, v, case.window)
             for q, k, v in zip(query.split(case.queries), keys, values, strict=True)
         ]
     )
@@ -100,11 +112,13 @@ def test_the_oracle_against_a_sum_written_out(case):
     heads = case.kv_heads * case.group
     query = rng.standard_normal((new, heads, case.head_dim))
     key, value = rng.standard_normal((2, context, case.kv_heads, case.head_dim))
-    actual = contiguous_attention(*map(torch.from_numpy, (query, key, value))).numpy()
+    tensors = map(torch.from_numpy, (query, key, value))
+    actual = contiguous_attention(*tensors, case.window).numpy()
     for i in range(new):
         for head in range(heads):
             kv_head = head // case.group
-            seen = range(context - new + i + 1)
+            position = context - new + i
+            seen = range(max(0, position + 1 - (case.window or context)), position + 1)
             scores = [query[i, head] @ key[j, kv_head] / case.head_dim**0.5 for j in seen]
             weights = np.exp(np.array(scores) - max(scores))
             expected = sum(w * value[j, kv_head] for w, j in zip(weights, seen, strict=True))

@@ -1,8 +1,10 @@
-"""T2, T3 and T5 for the block manager, by a state machine that also plays the memory.
+"""T2, T3, T5 and T7 for the block manager, by a state machine that also plays the memory.
 
-Every physical slot of both pools is a cell of a dictionary.  A token is written where the
-table says, copies are performed as ordered, freed cells are scratched.  If each sequence
-then reads its own history through its table, no write ever reached a sibling.
+Every physical slot of both pools is a cell of a dictionary.  What a token leaves in its cell
+is the whole prefix up to it, as keys and values do.  Tokens are written where the table says,
+copies are performed as ordered, freed cells are scratched.  If each sequence then reads its
+own history through its table, no write ever reached a sibling, and no cached block was found
+behind another prefix.
 """
 
 import pytest
@@ -18,18 +20,28 @@ from hypothesis.stateful import (
 
 from minipaged.errors import ConfigurationError, OutOfBlocksError
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.prefix_cache import PrefixCache
 
 which = st.integers(0, 30)  # an index into the living sequences, modulo their number
 some_sequence = precondition(lambda self: self.history)
+tokens = st.lists(st.integers(0, 1), min_size=1, max_size=9)  # so that prefixes often agree
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
     @initialize(
-        block_size=st.integers(1, 5), num_blocks=st.integers(1, 12), num_host=st.integers(0, 12)
+        block_size=st.integers(1, 4),
+        num_blocks=st.integers(1, 14),
+        num_host=st.integers(0, 14),
+        extra=st.sampled_from([None, "prefix cache", 1, 2, 3, 5, 9]),
     )
-    def build(self, block_size, num_blocks, num_host):
-        self.manager = BlockManager(block_size, num_blocks, num_host, on_free=self.scratch)
-        self.device, self.host = {}, {}  # slot -> token
+    def build(self, block_size, num_blocks, num_host, extra):
+        self.window = extra if isinstance(extra, int) else None
+        cache = PrefixCache(block_size) if extra == "prefix cache" else None
+        self.manager = BlockManager(
+            block_size, num_blocks, num_host, self.scratch, self.window, cache
+        )
+        assert self.manager.host.num_blocks <= num_blocks, "there is never more to swap"
+        self.device, self.host = {}, {}  # slot -> prefix
         self.history = {}  # sequence -> its tokens
         self.count = 0
 
@@ -56,37 +68,63 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.count += 1
         self.history[self.count] = []
 
-    @some_sequence
-    @rule(which=which, n=st.integers(1, 9))
-    def append(self, which, n):
-        seq = self.pick(which)
-        if self.on_host(seq):
-            return
-        if self.manager.blocks_needed(seq, n) > self.manager.device.num_free:
-            before = repr(self.manager)
-            with pytest.raises(OutOfBlocksError):
-                self.manager.append(seq, n)
-            assert repr(self.manager) == before, "an append that does not fit changes nothing"
-            return
-        copy = self.manager.append(seq, n)
-        if copy is not None:
-            self.copy(self.device, self.device, [copy])
-        for _ in range(n):
-            token = (seq, len(self.history[seq]))
-            self.device[self.manager.tables[seq].slot(len(self.history[seq]))] = token
-            self.history[seq].append(token)
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
+    def new_sequence_with_a_known_prefix(self, tokens):
+        self.count += 1
+        known = self.manager.cached_prefix(tokens)
+        device = self.manager.device
+        held = [block for block in known if device.ref_count(block) > 0]
+        free = device.num_free
+        found = self.manager.adopt_prefix(self.count, tokens)
+        assert found == len(known) * self.manager.block_size < len(tokens)
+        self.history[self.count] = tokens[:found]
+        # Cached blocks that nobody held were free ones.
+        assert free - device.num_free == len(known) - len(held)
 
     @some_sequence
-    @rule(which=which)
-    def fork(self, which):
+    @rule(which=st.sets(which, min_size=1, max_size=3), tokens=tokens)
+    def append(self, which, tokens):
+        """Sequences that may share blocks write the same number of tokens, one after the other."""
+        seqs = sorted({self.pick(index) for index in which})
+        seqs = [seq for seq in seqs if not self.on_host(seq)]
+        manager, n = self.manager, len(tokens)
+        needed = manager.blocks_needed((seq, n) for seq in seqs)
+        free = manager.device.num_free
+        if needed > free:
+            if len(seqs) == 1:
+                before = repr(manager)
+                with pytest.raises(OutOfBlocksError):
+                    manager.append(seqs[0], n)
+                assert repr(manager) == before, "an append that does not fit changes nothing"
+            return
+        copies = [manager.append(seq, n) for seq in seqs]
+        assert free - manager.device.num_free == needed
+        self.copy(self.device, self.device, [copy for copy in copies if copy is not None])
+        for seq in seqs:
+            for token in tokens:
+                history = self.history[seq]
+                slot = manager.tables[seq].slot(len(history))
+                history.append(token)
+                self.device[slot] = tuple(history)
+        for seq in seqs:
+            manager.mark_computed(seq, self.history[seq])
+
+    @some_sequence
+    @rule(which=which, length=st.one_of(st.none(), st.integers(0, 30)))
+    def fork(self, which, length):
         parent = self.pick(which)
         if parent not in self.manager.tables:
             return
         self.count += 1
+        history = list(self.history[parent])
+        if length is not None:
+            if self.window is not None or length > len(history):
+                return
+            history = history[: length - length % self.manager.block_size]
         used = self.manager.device.num_used, self.manager.host.num_used
-        self.manager.fork(parent, self.count)
+        self.manager.fork(parent, self.count, length)
         assert used == (self.manager.device.num_used, self.manager.host.num_used)
-        self.history[self.count] = list(self.history[parent])
+        self.history[self.count] = history
 
     @some_sequence
     @rule(which=which)
@@ -112,7 +150,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         if not all(tables) or any(self.on_host(seq) != from_host for seq in group):
             return
         pool = self.manager.device if from_host else self.manager.host
-        blocks = {block for table in tables for block in table.blocks}
+        blocks = {block for table in tables for block in table.held_blocks}
+        assert len(blocks) == self.manager.num_blocks_held(group)
         before = repr(self.manager)
         if len(blocks) > pool.num_free:
             with pytest.raises(OutOfBlocksError):
@@ -127,25 +166,37 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @invariant()
     def every_sequence_reads_its_own_history(self):
         for seq, history in getattr(self, "history", {}).items():
-            if history:
-                table = self.manager.tables[seq]
-                memory = self.host if self.on_host(seq) else self.device
-                read = [memory[table.slot(i)] for i in range(len(history))]
-                assert read == history, f"sequence {seq} of {self.manager}"
+            if not history:
+                continue
+            table = self.manager.tables[seq]
+            first = table.num_dropped * self.manager.block_size
+            # The next token sees the last window - 1 tokens, and they are all there.
+            assert first <= max(0, len(history) - (self.window or len(history)) + 1)
+            memory = self.host if self.on_host(seq) else self.device
+            read = [memory.get(table.slot(i)) for i in range(first, len(history))]
+            expected = [tuple(history[: i + 1]) for i in range(first, len(history))]
+            assert read == expected, f"sequence {seq} of {self.manager}"
 
     @invariant()
     def everything_is_accounted_for(self):
-        if hasattr(self, "manager"):
-            self.manager.check_integrity()
-            size = self.manager.block_size
-            tables = self.manager.tables.values()
-            assert all(table.num_empty_slots < size for table in tables)
+        if not hasattr(self, "manager"):
+            return
+        manager = self.manager
+        manager.check_integrity()
+        for table in manager.tables.values():
+            in_sight = table.num_tokens
+            if self.window is not None:
+                in_sight = min(in_sight, self.window - 1)
+            # T7: less than a block is empty, and less than one more is out of sight.
+            unused = len(table.held_blocks) * manager.block_size - in_sight
+            assert unused < manager.block_size * (1 if self.window is None else 2)
 
     def teardown(self):
         if hasattr(self, "manager"):
             for seq in list(self.manager.tables):
                 self.manager.free(seq)
             assert self.manager.device.num_used == self.manager.host.num_used == 0
+            assert not self.manager.host.num_cached
 
 
 class TestBlockManager(BlockManagerMachine.TestCase):
@@ -159,6 +210,11 @@ class TestBlockManager(BlockManagerMachine.TestCase):
 def test_sizes_that_cannot_be(block_size, num_blocks, message):
     with pytest.raises(ConfigurationError, match=message):
         BlockManager(block_size, num_blocks)
+
+
+def test_a_prefix_cache_needs_the_whole_prefix():
+    with pytest.raises(ConfigurationError, match="sliding window of 8 tokens"):
+        BlockManager(4, 4, sliding_window=8, prefix_cache=PrefixCache(4))
 
 
 def test_a_sequence_has_one_table():
@@ -176,3 +232,38 @@ def test_wasted_slots_of_a_shared_last_block_count_once():
     assert manager.num_wasted_slots == 3
     manager.append(2, 1)  # 2: [b0, b2]   3 of b1 and 2 of b2
     assert manager.num_wasted_slots == 5
+
+
+def test_the_last_holder_of_a_shared_block_writes_in_place():
+    manager = BlockManager(4, 5)
+    manager.append(1, 5)  # 1: [b0, b1]
+    manager.fork(1, 2)
+    manager.fork(1, 3)
+    # All three write into b1: two take copies, the third has it to itself then.
+    assert manager.blocks_needed([(1, 1), (2, 1), (3, 1)]) == 2
+    copies = [manager.append(seq, 1) for seq in (1, 2, 3)]
+    assert [copy is None for copy in copies] == [False, False, True]
+    assert {copy.source for copy in copies[:2]} == {manager.tables[3].blocks[-1]}
+
+
+def test_two_that_compute_the_same_prefix_end_up_with_the_same_blocks():
+    manager = BlockManager(2, 8, prefix_cache=PrefixCache(2))
+    for seq in (1, 2):  # both arrive before either is computed
+        assert manager.adopt_prefix(seq, [5, 6, 7, 8, seq]) == 0
+        manager.append(seq, 5)
+    assert manager.device.num_used == 6
+    for seq in (1, 2):
+        manager.mark_computed(seq, [5, 6, 7, 8, seq])
+    # 1: [b0, b1, b2]   2: [b0, b1, b5]
+    assert manager.tables[1].blocks[:2] == manager.tables[2].blocks[:2]
+    assert manager.device.num_used == 4
+
+
+def test_a_window_frees_blocks_while_the_sequence_lives():
+    manager = BlockManager(2, 4, sliding_window=3)
+    for length in range(1, 30):
+        manager.append(1, 1)
+        manager.mark_computed(1, range(length))
+        assert manager.device.num_used <= manager.most_blocks(length, 1) <= 3
+    with pytest.raises(IndexError, match="has no slot"):
+        manager.tables[1].slot(0)

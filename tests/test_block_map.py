@@ -39,12 +39,12 @@ def test_every_block_stands_in_the_grid_once_with_its_owner(workload):
             cells += re.findall(r".{4}", line[8:])
         assert len(cells) == step.num_blocks
         for block, cell in enumerate(cells):
-            owners = [t for t in step.tables if block in t.blocks]
+            owners = [t for t in sorted(step.device_tables) if block in t.blocks]
             if not owners:
                 assert cell.strip() == bm.FREE
             else:
                 assert names[owners[0].seq_id] in cell
-                filled = bm.filled_slots(owners[0], block, step.block_size)
+                filled = owners[0].filled_slots(block, step.block_size)
                 assert (bm.LEVELS[-1] in cell) == (filled * 8 > 7 * step.block_size)
 
 

@@ -77,6 +77,8 @@ def test_a_freed_block_is_poisoned():
     manager.append(2, 1)
     third = manager.tables[2].blocks[0]
     manager.free(1)
+    assert cache._device[:, :, [block, other]].isfinite().all()  # it may yet be swapped out
+    cache.swap_out([])  # the next step begins
     assert cache._device[:, :, [block, other]].isnan().all()
     assert cache._device[:, :, third].isfinite().all()
 

@@ -183,13 +183,24 @@ def test_a_config_that_lacks_a_field():
         read_config({"model_type": "llama"})
 
 
-def test_a_sliding_window_limits_the_context():
-    """Within the window, attention is plain causal attention; beyond it is not supported."""
+def test_sliding_windows():
     config = hugging_face_config(CONFIG) | {"model_type": "mistral", "sliding_window": 20}
-    assert read_config(config)[0].context_length == 20
-    assert read_config(config | {"sliding_window": None})[0].context_length == 32
-    qwen = config | {"model_type": "qwen2", "use_sliding_window": False}
-    assert read_config(qwen)[0].context_length == 32
+
+    def window(**changes):
+        read = read_config(config | changes)[0]
+        return read.sliding_window, read.context_length
+
+    assert window() == (20, 32)
+    assert window(sliding_window=None) == (None, 32)
+    qwen = {"model_type": "qwen2", "use_sliding_window": True}
+    assert window(**qwen | {"use_sliding_window": False}) == (None, 32)
+    layers = config["num_hidden_layers"]
+    assert window(**qwen, max_window_layers=0) == (20, 32)
+    assert window(**qwen, max_window_layers=layers) == (None, 32)
+    # Where only some layers have the window, it limits the context: up to there all are alike.
+    assert window(**qwen, max_window_layers=1) == (None, 20)
+    mixed = ["sliding_attention"] * (layers - 1) + ["full_attention"]
+    assert window(**qwen, layer_types=mixed) == (None, 20)
 
 
 def test_config_that_is_no_json(checkpoint):

@@ -16,27 +16,56 @@ from hypothesis.stateful import (
 
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import Sequence, SequenceGroup, Status
+from minipaged.scheduling.policy import (
+    PATIENCE,
+    first_come_first_served,
+    policy_named,
+    urgent_first,
+)
+from minipaged.scheduling.preemption import Preemption, PreemptionCosts
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.step_plan import StepPlan
 
 
 class Requests:
-    """Drives a scheduler: makes requests up, counts tokens, ends what has enough of them."""
+    """Drives a scheduler: makes requests up, counts tokens, forks, ends what has enough of them.
 
-    def __init__(self, block_size, num_blocks, max_num_seqs, max_num_batched_tokens):
-        self.manager = BlockManager(block_size, num_blocks)
-        self.scheduler = Scheduler(self.manager, max_num_seqs, max_num_batched_tokens)
-        self.living = {}  # sequence id -> (group, output tokens wanted)
+    The samples of a group end one by one, at random; beams fork and are dropped at random.
+    """
+
+    def __init__(self, block_size, num_blocks, max_num_seqs, max_num_batched_tokens, **options):
+        self.rng = random.Random(0)
+        host = options.get("num_host_blocks", 0)
+        cache = PrefixCache(block_size, 0) if options.get("prefix_caching") else None
+        self.manager = BlockManager(
+            block_size, num_blocks, host, None, options.get("window"), cache
+        )
+        self.scheduler = Scheduler(
+            self.manager,
+            max_num_seqs,
+            max_num_batched_tokens,
+            options.get("policy", first_come_first_served),
+            Preemption("swap" if host else "recompute"),
+        )
+        self.living = {}  # request id -> (group, output tokens wanted)
         self.numbers = itertools.count()
+        self.sequences = itertools.count()
+        self.num_requests = 0
 
-    def add(self, prompt_length, max_tokens):
+    def add(self, prompt_length, max_tokens, width=1, beams=False, priority=0):
         number = next(self.numbers)
-        sequence = Sequence(number, range(prompt_length))
-        group = SequenceGroup(str(number), [sequence], SamplingParams(), number)
+        # Every third prompt begins like the ones before it.
+        prompt = [number % 3 * number, *range(1, prompt_length)]
+        sequence = Sequence(next(self.sequences), prompt)
+        params = SamplingParams(n=width)
+        if beams:
+            params = SamplingParams(n=width, use_beam_search=True, temperature=0)
+        group = SequenceGroup(str(number), [sequence], params, number, priority)
         self.scheduler.add(group, prompt_length + max_tokens - 1)
-        self.living[number] = group, max_tokens
+        self.living[group.request_id] = group, max_tokens
         return group
 
     def step(self):
@@ -46,10 +75,12 @@ class Requests:
         self.check_preemption(plan, ran_before)
         assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
         assert StepPlan.from_dict(plan.to_dict()) == plan
-        ended = []
+        assert not (plan.swap_out and plan.swap_in)
+        groups = {s.seq_id: group for group, _ in self.living.values() for s in group.sequences}
+        sequences = {s.seq_id: s for group in groups.values() for s in group.sequences}
+        samples = {}
         for item in plan.scheduled:
-            group, max_tokens = self.living[item.seq_id]
-            (sequence,) = group.sequences
+            sequence = sequences[item.seq_id]
             # The next tokens, in order, with a slot each, and blocks for no token more.
             assert item.num_computed_tokens == sequence.num_computed_tokens
             start, end = item.num_computed_tokens, item.context_length
@@ -58,63 +89,116 @@ class Requests:
             assert len(item.block_table) == -(-end // self.manager.block_size)
             assert item.samples == (end == len(sequence.token_ids))
             sequence.num_computed_tokens = end
-            if item.samples:
-                sequence.token_ids.append(7)
-                if sequence.num_output_tokens == max_tokens:
-                    ended.append(group)
-        for group in ended:
-            self.end(group)
+            samples.setdefault(groups[item.seq_id], []).append(item.samples)
+        for group in samples:
+            for sequence in group.sequences:
+                self.manager.mark_computed(sequence.seq_id, sequence.token_ids)
+        for group, drawn in samples.items():
+            if any(drawn):  # all sequences of a group draw together (gang scheduling)
+                assert drawn == [True] * len(group.sequences)
+                self.draw(group)
         return plan
 
+    def draw(self, group):
+        """Every sequence gets a token; some fork, some end."""
+        width = group.params.width
+        if not group.has_forked:
+            group.has_forked = True
+            (prompt,) = group.sequences
+            for _ in range(width - 1):
+                self.scheduler.fork(group, prompt.seq_id, prompt.fork(next(self.sequences)))
+        elif group.params.use_beam_search:
+            parents = self.rng.choices(range(width), k=width)
+            beams = list(group.sequences)
+            for parent in parents:
+                if parents.count(parent) > 1 and len(group.sequences) < 2 * width:
+                    child = beams[parent].fork(next(self.sequences))
+                    self.scheduler.fork(group, beams[parent].seq_id, child)
+            while len(group.sequences) > width:
+                self.scheduler.drop(group, self.rng.choice(group.sequences))
+        for sequence in group.sequences:
+            sequence.token_ids.append(self.rng.randrange(3))
+        wanted = self.living[group.request_id][1]
+        if group.sequences[0].num_output_tokens == wanted:
+            self.end(group)
+        elif not group.params.use_beam_search:
+            while len(group.sequences) > 1 and self.rng.random() < 0.1:
+                self.scheduler.drop(group, self.rng.choice(group.sequences))
+
     def check_preemption(self, plan, ran_before):
-        """The latest arrivals go, the latest first, and whole (T6)."""
+        """Those that are served last go, the last one first, and whole (T6)."""
         victims = [group.request_id for group in reversed(ran_before)][: len(plan.preempted)]
         assert list(plan.preempted) == victims
         for group in ran_before:
             if group.request_id in plan.preempted:
-                assert group.status is Status.WAITING
+                swapped = group.request_id in plan.swapped
+                assert group.status is (Status.SWAPPED if swapped else Status.WAITING)
                 for sequence in group.sequences:
-                    assert sequence.seq_id not in self.manager.tables
+                    table = self.manager.tables.get(sequence.seq_id)
+                    if swapped:
+                        assert table is None or table.allocator is self.manager.host
+                    else:
+                        assert table is None
         # Whoever stayed makes progress in every step.
         scheduled = {item.seq_id for item in plan.scheduled}
         for group in ran_before[: len(ran_before) - len(victims)]:
-            assert all(sequence.seq_id in scheduled for sequence in group.sequences)
+            assert any(sequence.seq_id in scheduled for sequence in group.sequences)
 
     def end(self, group):
         self.scheduler.remove(group)
-        for sequence in group.sequences:
-            del self.living[sequence.seq_id]
+        del self.living[group.request_id]
 
-    def work_left(self):
+    def most_steps(self):
+        """More steps than serving the living one after the other could take."""
         return sum(
-            len(group.sequences[0].token_ids) + wanted for group, wanted in self.living.values()
+            (len(group.sequences[0].token_ids) + wanted + 2) * group.params.width
+            for group, wanted in self.living.values()
         )
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         block_size=st.integers(1, 5),
-        num_blocks=st.integers(1, 14),
-        max_num_seqs=st.integers(1, 6),
+        num_blocks=st.integers(1, 20),
+        max_num_seqs=st.integers(1, 9),
         extra=st.integers(0, 20),
+        num_host_blocks=st.sampled_from([0, 0, 3, 20]),
+        window_or_cache=st.sampled_from([None, None, 1, 4, 6, "cache"]),
+        policy=st.sampled_from([first_come_first_served, urgent_first]),
     )
-    def build(self, block_size, num_blocks, max_num_seqs, extra):
-        self.requests = Requests(block_size, num_blocks, max_num_seqs, max_num_seqs + extra)
+    def build(
+        self, block_size, num_blocks, max_num_seqs, extra, num_host_blocks, window_or_cache, policy
+    ):
+        budget = max(max_num_seqs, block_size) + extra
+        self.requests = Requests(
+            block_size,
+            num_blocks,
+            max_num_seqs,
+            budget,
+            num_host_blocks=num_host_blocks,
+            window=window_or_cache if isinstance(window_or_cache, int) else None,
+            prefix_caching=window_or_cache == "cache",
+            policy=policy,
+        )
 
-    @property
-    def pool(self):
-        manager = self.requests.manager
-        return manager.device.num_blocks * manager.block_size
-
-    @rule(prompt_length=st.integers(1, 40), max_tokens=st.integers(1, 20))
-    def add(self, prompt_length, max_tokens):
-        before = len(self.requests.scheduler.waiting)
-        if prompt_length + max_tokens - 1 > self.pool:
-            with pytest.raises(InvalidRequestError, match="the whole pool has"):
-                self.requests.add(prompt_length, max_tokens)
-            assert len(self.requests.scheduler.waiting) == before
-        else:
-            self.requests.add(prompt_length, max_tokens)
+    @rule(
+        prompt_length=st.integers(1, 40),
+        max_tokens=st.integers(1, 20),
+        width=st.sampled_from([1, 1, 1, 2, 3, 5]),
+        beams=st.booleans(),
+        priority=st.integers(0, 2),
+    )
+    def add(self, prompt_length, max_tokens, width, beams, priority):
+        requests = self.requests
+        before = len(requests.scheduler.waiting)
+        manager = requests.manager
+        try:
+            requests.add(prompt_length, max_tokens, width, beams, priority)
+        except InvalidRequestError:
+            assert len(requests.scheduler.waiting) == before
+            # Refused is only what could need more than the pool or a batch has.
+            most = width * (manager.blocks_for(prompt_length + max_tokens - 1) + 1)
+            assert most > manager.device.num_blocks or width > requests.scheduler.max_num_seqs
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps):
@@ -131,22 +215,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     def all_agree(self):
         if hasattr(self, "requests"):
             self.requests.scheduler.check_integrity()
-            manager = self.requests.manager
-            for table in manager.tables.values():
-                assert table.num_empty_slots < manager.block_size  # T7
-            assert manager.num_wasted_slots <= len(manager.tables) * (manager.block_size - 1)
 
     def teardown(self):
         """Every request ends, in a bounded number of steps, and nothing is left (T5, T6)."""
         if hasattr(self, "requests"):
-            # The oldest request computes at least one new token a step: no livelock.
-            for _ in range(self.requests.work_left()):
-                if not self.requests.scheduler.has_unfinished:
+            requests = self.requests
+            # The first request in order computes at least one new token a step: no livelock.
+            for _ in range(requests.most_steps()):
+                if not requests.scheduler.has_unfinished:
                     break
-                self.requests.step()
-                self.requests.scheduler.check_integrity()
-            assert not self.requests.living
-            assert self.requests.manager.device.num_used == 0
+                requests.step()
+                requests.scheduler.check_integrity()
+            assert not requests.living
+            assert requests.manager.device.num_used == requests.manager.host.num_used == 0
 
 
 class TestScheduler(SchedulerMachine.TestCase):
@@ -169,19 +250,101 @@ def test_requests_alike_end_in_order_of_arrival(lengths, block_size):
     assert order == groups
 
 
-def test_thousands_of_steps():
-    """One long life of a small pool: 5,000 steps, 625 requests, many preemptions."""
+@pytest.mark.parametrize("num_host_blocks", [0, 12, 32])
+def test_thousands_of_steps(num_host_blocks):
+    """One long life of a small pool: 5,000 steps, always too many requests of every kind."""
     rng = random.Random(0)
-    requests = Requests(block_size=4, num_blocks=24, max_num_seqs=8, max_num_batched_tokens=32)
-    for step in range(5000):
-        if step % 8 == 0:
-            requests.add(rng.randint(1, 40), rng.randint(1, 40))
+    requests = Requests(4, 32, 12, 32, num_host_blocks=num_host_blocks, prefix_caching=True)
+    for _ in range(5000):
+        if len(requests.scheduler.waiting) < 3:
+            width = rng.choice([1, 1, 2, 3])
+            requests.add(rng.randint(1, 30), rng.randint(1, 24), width, rng.random() < 0.5)
         requests.step()
         requests.scheduler.check_integrity()
     while requests.scheduler.has_unfinished:
         requests.step()
-    assert requests.manager.device.num_free == 24
+    assert requests.manager.device.num_used == requests.manager.host.num_used == 0
+    preemption = requests.scheduler.preemption
     assert requests.scheduler.num_preemptions > 200
+    assert (preemption.num_swaps > 100) == (num_host_blocks > 0)
+    assert (preemption.num_recomputations > 0) == (num_host_blocks < 32)
+
+
+def test_a_stream_of_urgent_requests_starves_nobody():
+    """Priorities are head starts: at most 64 later requests per level go first."""
+    requests = Requests(4, 8, 2, 16, policy=urgent_first)
+    patient = requests.add(8, 8, priority=2)
+    overtaking = 0
+    while patient.status is not Status.FINISHED:
+        while len(requests.scheduler.waiting) < 4:
+            requests.add(8, 8)  # more than can be served, for ever
+            overtaking += 1
+        requests.step()
+        assert overtaking < 2 * PATIENCE + 16
+    assert overtaking > 2 * PATIENCE - 8, "and until then the urgent ones do go first"
+
+
+def test_urgent_requests_overtake():
+    requests = Requests(4, 4, 1, 16, policy=urgent_first)
+    running = requests.add(4, 4, priority=1)
+    requests.step()
+    late = requests.add(4, 4, priority=1)
+    urgent = requests.add(4, 4, priority=0)
+    order = []
+    while requests.scheduler.has_unfinished:
+        requests.step()
+        done = [g for g in (running, late, urgent) if g.status is Status.FINISHED]
+        order += [group for group in done if group not in order]
+    assert order == [running, urgent, late]
+
+
+def test_what_was_shared_before_a_recomputation_is_shared_after_it():
+    """Without that, a group could need more blocks to come back than the pool has."""
+    # block size 4, prompt 16: three samples of 4 more tokens share 4 of 7 blocks
+    requests = Requests(4, 7, 3, 64)
+    group = requests.add(16, 5, width=3)
+    requests.rng.random = lambda: 1.0  # no sample ends early
+    for _ in range(3):
+        requests.step()
+    assert requests.manager.device.num_used == 7
+    requests.scheduler.preemption.preempt(group, requests.manager)
+    requests.scheduler.running.remove(group)
+    requests.scheduler.waiting.append(group)
+    assert requests.manager.device.num_used == 0
+    sizes = []
+    while requests.scheduler.has_unfinished:
+        sizes.append(sum(len(item.token_ids) for item in requests.step().scheduled))
+        requests.scheduler.check_integrity()
+    # The first recomputes all but its last token, the others what came behind the prompt.
+    assert sizes[:4] == [18, 2, 2, 3]
+
+
+def test_a_swapped_group_comes_back_whole():
+    requests = Requests(4, 6, 8, 64, num_host_blocks=6)
+    first = requests.add(8, 16)
+    second = requests.add(8, 8, width=2)
+    plans = []
+    while requests.scheduler.has_unfinished:
+        plans.append(requests.step())
+    (out,) = [plan for plan in plans if plan.swap_out]
+    (back,) = [plan for plan in plans if plan.swap_in]
+    # block 0 and 1 of the prompt are shared: moved once
+    assert out.swapped == out.preempted == (second.request_id,)
+    assert len(out.swap_out) == len(back.swap_in) < 6
+    assert {pair.destination for pair in out.swap_out} == {pair.source for pair in back.swap_in}
+    assert first.status is second.status is Status.FINISHED
+
+
+@pytest.mark.parametrize(("move_block", "swaps"), [(0.1, True), (1.9, True), (2.1, False)])
+def test_auto_takes_what_is_cheaper(move_block, swaps):
+    """Two moves of each block against computing its four tokens."""
+    requests = Requests(4, 6, 8, 64, num_host_blocks=6)
+    requests.scheduler.preemption = Preemption("auto", PreemptionCosts(move_block, 1.0))
+    requests.add(8, 16)
+    requests.add(8, 16)
+    while not requests.scheduler.num_preemptions:
+        requests.step()
+    assert (requests.scheduler.preemption.num_swaps == 1) == swaps
 
 
 def test_a_preempted_group_is_resumed_before_newer_ones():
@@ -221,8 +384,20 @@ def test_more_running_sequences_than_blocks():
 
 @pytest.mark.parametrize(
     ("max_num_seqs", "max_num_batched_tokens", "message"),
-    [(0, 8, "max_num_seqs is 0"), (8, 7, "max_num_batched_tokens is 7, below max_num_seqs 8")],
+    [
+        (0, 8, "max_num_seqs is 0"),
+        (8, 7, "max_num_batched_tokens is 7, below max_num_seqs 8"),
+        (1, 0, "max_num_batched_tokens is 0, below max_num_seqs 1"),
+        (2, 3, "max_num_batched_tokens is 3, below block_size 4"),
+    ],
 )
 def test_limits_that_cannot_be(max_num_seqs, max_num_batched_tokens, message):
     with pytest.raises(ConfigurationError, match=message):
         Scheduler(BlockManager(4, 4), max_num_seqs, max_num_batched_tokens)
+
+
+def test_names_that_mean_nothing():
+    with pytest.raises(ConfigurationError, match="no scheduling policy 'lifo'"):
+        policy_named("lifo")
+    with pytest.raises(ConfigurationError, match="preemption is 'kill'"):
+        Preemption("kill")

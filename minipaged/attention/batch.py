@@ -32,12 +32,14 @@ class PagedBatch:
     context_lengths: tokens of each sequence in the cache, the new ones included.
     block_tables: physical blocks, row i padded behind its ceil(context / block_size) blocks
         with an id that must not be read.
+    window: tokens that a query sees, itself included; None is all of its context.
     """
 
     block_size: int
     query_lengths: Int[np.ndarray, " seqs"]
     context_lengths: Int[np.ndarray, " seqs"]
     block_tables: Int[np.ndarray, "seqs max_blocks"]
+    window: int | None = None
 
     PADDING = np.iinfo(np.int32).max
 
@@ -48,6 +50,7 @@ class PagedBatch:
         query_lengths: Sequence[int],
         context_lengths: Sequence[int],
         block_tables: Sequence[Sequence[int]],
+        window: int | None = None,
     ) -> PagedBatch:
         """The batch of tables of unequal length."""
         widest = max(map(len, block_tables), default=0)
@@ -59,6 +62,7 @@ class PagedBatch:
             np.asarray(query_lengths, dtype=np.int64),
             np.asarray(context_lengths, dtype=np.int64),
             tables,
+            window,
         )
 
     @property
@@ -70,6 +74,13 @@ class PagedBatch:
     def query_starts(self) -> Int[np.ndarray, " seqs_plus_one"]:
         """First row of every sequence, and the number of rows at the end."""
         return np.concatenate(([0], np.cumsum(self.query_lengths)))
+
+    @property
+    def context_starts(self) -> Int[np.ndarray, " seqs"]:
+        """First token of each sequence that its first new token, and so any of them, sees."""
+        if self.window is None:
+            return np.zeros_like(self.context_lengths)
+        return np.maximum(0, self.context_lengths - self.query_lengths - self.window + 1)
 
     def positions(self) -> Int[np.ndarray, " tokens"]:
         """Position of every new token in its sequence."""

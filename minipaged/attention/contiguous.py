@@ -17,11 +17,13 @@ def contiguous_attention(
     query: Float[Tensor, "queries heads head_dim"],
     key: Float[Tensor, "context kv_heads head_dim"],
     value: Float[Tensor, "context kv_heads head_dim"],
+    window: int | None = None,
 ) -> Float[Tensor, "queries heads head_dim"]:
     """Causal attention of the last `queries` tokens of a context (equation 2 of the paper).
 
     The queries are the last tokens: query i sees the first context - queries + i + 1 keys.
     With fewer key than query heads, `heads / kv_heads` neighbouring query heads share one.
+    With a sliding window only the last `window` of those keys are seen (Mistral).
     """
     queries, heads, head_dim = query.shape
     context, kv_heads, _ = key.shape
@@ -31,5 +33,8 @@ def contiguous_attention(
     scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(head_dim)
     query_position = torch.arange(context - queries, context).unsqueeze(1)
     key_position = torch.arange(context).unsqueeze(0)
-    scores = scores.masked_fill(key_position > query_position, -math.inf)
+    hidden = key_position > query_position
+    if window is not None:
+        hidden = hidden | (key_position <= query_position - window)
+    scores = scores.masked_fill(hidden, -math.inf)
     return torch.einsum("hqk,khd->qhd", torch.softmax(scores, dim=-1), value)

@@ -1,10 +1,10 @@
 """PagedAttention with PyTorch's own operators: gather the slots of a sequence, then attend.
 
 Neighbouring sequences of like shape form a bundle, padded to the longest of it, and each
-bundle is one gather and one scaled_dot_product_attention; the runner sorts the sequences of
-a step so that bundles are large.  Padding repeats a slot that the sequence owns and is
-masked, so that nothing is read that nobody wrote.  All index tensors are built once per
-step; the gathered keys and values go into one buffer that every layer uses again.
+bundle is one scaled_dot_product_attention; the runner sorts the sequences of a step so that
+bundles are large.  Padding repeats a slot that the sequence owns and is masked, so that
+nothing is read that nobody wrote.  All index tensors are built once per step, and so are the
+views of the two buffers that every layer gathers its keys and values into.
 
 What it costs: the gather moves as many bytes as the attention reads.  A kernel that reads
 the blocks in place does without.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,21 +25,9 @@ from minipaged.attention.batch import PagedAttention, PagedBatch
 
 # Slots that a bundle may waste: about what one more bundle costs (measured with SmolLM2).
 MOST_PADDING = 512
-
-
-class Workspace:
-    """Buffers for gathered keys and values; they grow to the largest bundle and stay."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of this shape, with the type and device of `like` and any contents."""
-        size = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
-            buffer = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return buffer[:size].view(shape)
+# Slots of a bundle: keys and values of more fall out of the processor's caches before they are
+# read (measured with SmolLM2, 1 MiB of second-level cache per core).
+MOST_SLOTS = 2048
 
 
 class Bundle:
@@ -53,8 +42,9 @@ class Bundle:
 
     def __init__(self, batch: PagedBatch, seqs: slice) -> None:
         new, context = batch.query_lengths[seqs], batch.context_lengths[seqs]
-        starts = batch.query_starts[seqs]
-        self.num_seqs, self.queries, self.context = len(new), int(new.max()), int(context.max())
+        starts, first = batch.query_starts[seqs], batch.context_starts[seqs, None]
+        self.num_seqs, self.queries = len(new), int(new.max())
+        self.context = int((context[:, None] - first).max())
         self.rows = slice(int(starts[0]), int(starts[-1] + new[-1]))
 
         query = np.arange(self.queries)
@@ -65,57 +55,67 @@ class Bundle:
             self.padded = torch.from_numpy((starts[:, None] - starts[0] + query).reshape(-1))
             self.real = torch.from_numpy(np.flatnonzero(exists))
 
-        position = np.arange(self.context)
-        logical, offset = np.divmod(
-            np.where(position < context[:, None], position, 0), batch.block_size
-        )
+        position = first + np.arange(self.context)
+        logical, offset = np.divmod(np.minimum(position, context[:, None] - 1), batch.block_size)
         blocks = np.take_along_axis(batch.block_tables[seqs], logical, axis=1)
         self.slots = torch.from_numpy((blocks * batch.block_size + offset).reshape(-1))
 
         last_seen = (context - new)[:, None] + query  # position of each query in its sequence
-        self.visible = torch.from_numpy(position <= last_seen[:, None, :, None])
+        distance = last_seen[:, None, :, None] - position[:, None, None]
+        visible = distance >= 0
+        if batch.window is not None:
+            visible &= distance < batch.window
+        self.visible = torch.from_numpy(visible)
 
     def additive_mask(self, group: int, dtype: torch.dtype) -> Tensor:
         """0 where a query sees a key and -inf elsewhere; a row for each query head of a group."""
         mask = torch.zeros(self.visible.shape, dtype=dtype).masked_fill_(~self.visible, -math.inf)
         return mask.repeat_interleave(group, dim=2) if self.queries > 1 else mask
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, workspace: Workspace
-    ) -> Tensor:
-        """Attention of the bundle's rows, [rows, heads, head_dim]."""
-        heads, head_dim = query.shape[1:]
-        kv_heads = keys.shape[2]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Attention of the bundle's rows of `query`, [rows, heads, head_dim].
+
+        key, value: gathered for the bundle, [seqs, kv_heads, context, head_dim].
+        """
         query = query[self.rows]
+        heads, head_dim = query.shape[1:]
         if self.padded is not None:
             query = query.index_select(0, self.padded)
         # The query heads that share a KV head are more queries on that head:
         # seqs x queries x kv_heads x group x d  ->  seqs x kv_heads x (queries group) x d
+        kv_heads = key.shape[1]
         grouped = query.view(self.num_seqs, self.queries, kv_heads, -1, head_dim)
         grouped = grouped.transpose(1, 2).flatten(2, 3)
-        key = self._gather("keys", keys, workspace)
-        value = self._gather("values", values, workspace)
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
+        out = F.scaled_dot_product_attention(grouped, key, value, mask)
         out = out.view(self.num_seqs, kv_heads, self.queries, -1, head_dim)
         out = out.transpose(1, 2).reshape(-1, heads, head_dim)
         return out if self.real is None else out.index_select(0, self.real)
 
-    def _gather(self, name: str, cache: Tensor, workspace: Workspace) -> Tensor:
-        """The slots of all sequences, [seqs, kv_heads, context, head_dim], as a view."""
-        kv_heads, head_dim = cache.shape[2:]
-        gathered = workspace.take(name, cache, len(self.slots), kv_heads * head_dim)
-        torch.index_select(cache.view(-1, kv_heads * head_dim), 0, self.slots, out=gathered)
-        return gathered.view(self.num_seqs, self.context, kv_heads, head_dim).transpose(1, 2)
+
+class Buffers(NamedTuple):
+    """Where a bundle's keys and values are gathered in every layer, and its mask.
+
+    keys, values: [seqs * context, kv_heads * head_dim]; key, value: the same, as attention has
+    them, [seqs, kv_heads, context, head_dim].
+    """
+
+    keys: Tensor
+    values: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor
 
 
 def bundles(batch: PagedBatch) -> list[Bundle]:
     """Cut the batch where the query lengths grow apart or the contexts would pad too much."""
     powers = np.ceil(np.log2(batch.query_lengths)).tolist()
-    contexts = batch.context_lengths.tolist()
+    contexts = (batch.context_lengths - batch.context_starts).tolist()
     cuts, longest, total = [0], 0, 0
     for i, context in enumerate(contexts):
         longest, total = max(longest, context), total + context
-        if powers[i] != powers[cuts[-1]] or longest * (i + 1 - cuts[-1]) - total > MOST_PADDING:
+        slots = longest * (i + 1 - cuts[-1])
+        unlike = powers[i] != powers[cuts[-1]]
+        if i > cuts[-1] and (unlike or slots - total > MOST_PADDING or slots > MOST_SLOTS):
             cuts.append(i)
             longest = total = context
     return [
@@ -125,23 +125,42 @@ def bundles(batch: PagedBatch) -> list[Bundle]:
 
 
 class GatheredAttention:
-    """Prepares the attention of each step; keeps the buffers from step to step."""
+    """Prepares the attention of each step; keeps one pair of buffers from step to step."""
 
     def __init__(self) -> None:
-        self._workspace = Workspace()
+        self._buffers = torch.empty(2, 0)
 
     def __call__(self, batch: PagedBatch) -> PagedAttention:
         parts = bundles(batch)
-        masks: list[Tensor] = []
+        views: list[Buffers] = []
 
         def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            if not masks:  # the first layer of the step
-                group = query.shape[1] // keys.shape[2]
-                masks.extend(part.additive_mask(group, query.dtype) for part in parts)
-            outputs = [
-                part.attend(query, keys, values, mask, self._workspace)
-                for part, mask in zip(parts, masks, strict=True)
-            ]
+            if not views:  # the first layer of the step
+                views.extend(self._views(parts, query, keys))
+            keys, values = keys.flatten(0, 1).flatten(1), values.flatten(0, 1).flatten(1)
+            outputs = []
+            for part, view in zip(parts, views, strict=True):
+                # One bundle at a time, so that what was gathered is still in the caches.
+                torch.index_select(keys, 0, part.slots, out=view.keys)
+                torch.index_select(values, 0, part.slots, out=view.values)
+                outputs.append(part.attend(query, view.key, view.value, view.mask))
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         return attention
+
+    def _views(self, parts: list[Bundle], query: Tensor, keys: Tensor) -> list[Buffers]:
+        """Where each bundle is gathered: all at the beginning of the same two buffers."""
+        kv_heads, head_dim = keys.shape[2:]
+        width = kv_heads * head_dim
+        size = max(len(part.slots) for part in parts) * width
+        if self._buffers.shape[1] < size or self._buffers.dtype != keys.dtype:
+            self._buffers = keys.new_empty(2, size)
+        views = []
+        for part in parts:
+            slots = len(part.slots)
+            gathered = self._buffers[:, : slots * width].view(2, slots, width)
+            shape = (2, part.num_seqs, part.context, kv_heads, head_dim)
+            key, value = gathered.view(shape).transpose(2, 3)
+            mask = part.additive_mask(query.shape[1] // kv_heads, query.dtype)
+            views.append(Buffers(gathered[0], gathered[1], key, value, mask))
+        return views

@@ -16,19 +16,20 @@ from minipaged.attention.batch import PagedAttention, PagedBatch
 
 
 def attend_over_blocks(
-    query: Tensor, keys: Tensor, values: Tensor, table: list[int], context: int
+    query: Tensor, keys: Tensor, values: Tensor, table: list[int], first: int, end: int
 ) -> Tensor:
-    """Attention of one token, [heads, head_dim], over the first `context` slots of its table."""
+    """Attention of one token, [heads, head_dim], over the tokens first .. end - 1 of its table."""
     block_size, kv_heads, head_dim = keys.shape[1:]
     heads = query.view(kv_heads, -1, head_dim) / math.sqrt(head_dim)  # grouped by KV head
     maximum = heads.new_full((*heads.shape[:2], 1), -math.inf)
     weight_sum = torch.zeros_like(maximum)
     weighted_values = torch.zeros_like(heads)
-    for logical, start in enumerate(range(0, context, block_size)):
-        filled = min(block_size, context - start)
-        key = keys[table[logical], :filled].transpose(0, 1)
-        value = values[table[logical], :filled].transpose(0, 1)
-        scores = heads @ key.mT  # kv_heads x group x filled
+    for logical in range(first // block_size, -(-end // block_size)):
+        start = logical * block_size
+        seen = slice(max(first - start, 0), min(end - start, block_size))
+        key = keys[table[logical], seen].transpose(0, 1)
+        value = values[table[logical], seen].transpose(0, 1)
+        scores = heads @ key.mT  # kv_heads x group x seen
         new_maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
         # What was summed so far was relative to the old maximum.
         correction = torch.exp(maximum - new_maximum)
@@ -41,6 +42,7 @@ def attend_over_blocks(
 
 def prepare(batch: PagedBatch) -> PagedAttention:
     """The attention of one step, token by token."""
+    window = batch.window or int(batch.context_lengths.max())
     rows = [
         (seq, position)
         for seq, (new, context) in enumerate(
@@ -51,7 +53,14 @@ def prepare(batch: PagedBatch) -> PagedAttention:
 
     def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         outputs = [
-            attend_over_blocks(q, keys, values, batch.block_tables[seq].tolist(), position + 1)
+            attend_over_blocks(
+                q,
+                keys,
+                values,
+                batch.block_tables[seq].tolist(),
+                max(0, position + 1 - window),
+                position + 1,
+            )
             for q, (seq, position) in zip(query, rows, strict=True)
         ]
         return torch.stack(outputs)

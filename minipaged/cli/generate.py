@@ -96,7 +96,7 @@ def generate(
         except InvalidRequestError as error:
             refused.append(f"prompt {number} ({_shorten(text)}): {error}")
     console = Console(highlight=False)
-    finished = not names or _serve(engine, console, names)
+    finished = not names or _serve(engine, console, names, list(names) if params.is_ranked else [])
     if trace.records:
         console.print()
         console.print(run_summary(trace))
@@ -175,14 +175,14 @@ def _answer(engine: Engine, console: Console, messages: list[dict[str, str]], pa
     return text
 
 
-def _serve(engine: Engine, console: Console, names: dict[str, str]) -> bool:
+def _serve(engine: Engine, console: Console, names: dict[str, str], ranked: list[str]) -> bool:
     """Run until all is done; on Ctrl-C show what there is.  Returns whether all is done."""
     from minipaged.visual.live import StreamView
 
-    with StreamView(console, names) as view, Interrupt() as interrupt:
+    with StreamView(console, names, ranked) as view, Interrupt() as interrupt:
         engine.observers.append(view)
         while engine.has_unfinished_requests and not interrupt.asked:
-            engine.step()
+            view.show(engine.step())
     return not engine.has_unfinished_requests
 
 

@@ -162,20 +162,21 @@ def _forbid_end_tokens(logits: Tensor, draws: list[Draw]) -> Tensor:
 
 
 def _report(token_ids: list[int], logits: Tensor, draws: list[Draw]) -> list[SampledToken]:
-    return [
-        SampledToken(
-            token_id,
-            None
-            if draw.params.logprobs is None
-            else _logprobs(torch.log_softmax(row, dim=-1), token_id, draw.params.logprobs),
-        )
-        for token_id, row, draw in zip(token_ids, logits, draws, strict=True)
-    ]
+    tokens = []
+    for token_id, row, draw in zip(token_ids, logits, draws, strict=True):
+        logprobs, params = None, draw.params
+        if params.logprobs is not None or params.is_ranked:
+            logprobs = token_logprobs(
+                torch.log_softmax(row, dim=-1), token_id, params.logprobs or 0
+            )
+        tokens.append(SampledToken(token_id, logprobs))
+    return tokens
 
 
-def _logprobs(
+def token_logprobs(
     log_probabilities: Float[Tensor, " vocab"], token_id: int, num_likeliest: int
 ) -> dict[int, Logprob]:
+    """Log-probability and rank of a token, and of the likeliest ones."""
     drawn = log_probabilities[token_id]
     logprobs = {token_id: Logprob(drawn.item(), int((log_probabilities > drawn).sum()) + 1)}
     values, ids = log_probabilities.topk(min(num_likeliest, len(log_probabilities)))

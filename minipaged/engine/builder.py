@@ -6,6 +6,7 @@ ends up in EngineOptions.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from minipaged.engine.model_runner import ModelRunner
 from minipaged.errors import ConfigurationError
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.kv_cache import KVCache, KVCacheShape
+from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
 from minipaged.models.loader import load_decoder
 from minipaged.models.tokenizer import Tokenizer
+from minipaged.scheduling.policy import policy_named
+from minipaged.scheduling.preemption import Preemption, PreemptionCosts, PreemptionMode
 from minipaged.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger("minipaged")
@@ -33,6 +37,11 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+# Operations per second of a large matrix product, and bytes per second to host memory and back:
+# orders of magnitude, of a few CPU cores and of a GPU behind PCIe 4.
+DEVICE_SPEEDS = {"cpu": (2e11, 1e10), "cuda": (1e14, 2.5e10)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,14 @@ class EngineOptions:
         Either way the pool never outgrows what max_num_seqs full contexts can use.
     max_num_seqs: sequences that run at a time.
     max_num_batched_tokens: tokens computed per step; None is 2048, or max_num_seqs if larger.
+    policy: order of service: "fcfs", or "priority" for requests with a priority.
+    preemption: of a group that has to make room: "recompute", "swap", or "auto", whichever is
+        estimated to be cheaper.
+    swap_space_gib: memory for swapped blocks in GiB; None is as much as the pool has, and more
+        than that is never taken.
+    enable_prefix_caching: share full blocks with earlier requests that began with the same
+        tokens.
+    prefix_cache_seed: of the hash that finds them; None draws a secret one.
     attention: name of an attention backend.
     debug: fill freed blocks with NaN and check every invariant after every step.
     """
@@ -57,6 +74,11 @@ class EngineOptions:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     seed: int = 0
+    policy: str = "fcfs"
+    preemption: PreemptionMode = "recompute"
+    swap_space_gib: float | None = None
+    enable_prefix_caching: bool = False
+    prefix_cache_seed: int | None = None
     attention: str = "torch"
     debug: bool = False
 
@@ -84,24 +106,36 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
     num_blocks = options.num_blocks
     if num_blocks is None:
         num_blocks = blocks_within_budget(config, dtype, options)
-    manager = BlockManager(options.block_size, num_blocks)
-    cache = KVCache(cache_shape(config, num_blocks, options.block_size), dtype, debug=options.debug)
+    preemption = Preemption(options.preemption, preemption_costs(decoder, options.block_size))
+    manager = BlockManager(
+        options.block_size,
+        num_blocks,
+        host_blocks(config, dtype, num_blocks, options),
+        sliding_window=config.sliding_window,
+        prefix_cache=PrefixCache(options.block_size, options.prefix_cache_seed)
+        if options.enable_prefix_caching
+        else None,
+    )
+    shape = cache_shape(config, num_blocks, options.block_size)
+    shape = dataclasses.replace(shape, num_host_blocks=manager.host.num_blocks)
+    cache = KVCache(shape, dtype, debug=options.debug)
     if options.debug:
         manager.device.on_free = cache.poison
     budget = options.max_num_batched_tokens
     if budget is None:
-        budget = max(2048, options.max_num_seqs)
+        budget = max(2048, options.max_num_seqs, options.block_size)
     logger.info(
-        "KV cache: %d blocks of %d tokens, %.1f MiB in %s%s",
+        "KV cache: %d blocks of %d tokens, %.1f MiB in %s%s%s",
         num_blocks,
         options.block_size,
         cache.num_bytes / 2**20,
         str(dtype).removeprefix("torch."),
         " (chosen from the memory budget)" if options.num_blocks is None else "",
+        f", {manager.host.num_blocks} more to swap to" if manager.host.num_blocks else "",
     )
     return Engine(
         ModelRunner(decoder, cache, attention_backend(options.attention)),
-        Scheduler(manager, options.max_num_seqs, budget),
+        Scheduler(manager, options.max_num_seqs, budget, policy_named(options.policy), preemption),
         vocab_size=config.vocab_size,
         context_length=config.context_length,
         tokenizer=tokenizer,
@@ -114,6 +148,38 @@ def cache_shape(config: ModelConfig, num_blocks: int, block_size: int) -> KVCach
     """Sizes of the cache for this model."""
     return KVCacheShape(
         config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim
+    )
+
+
+def host_blocks(
+    config: ModelConfig, dtype: torch.dtype, num_blocks: int, options: EngineOptions
+) -> int:
+    """Blocks to swap to; the pool on the device never has more to swap than it is large."""
+    if options.preemption == "recompute":
+        return 0
+    if options.swap_space_gib is None:
+        return num_blocks
+    bytes_per_block = cache_shape(config, 1, options.block_size).bytes_per_block(dtype)
+    affordable = int(options.swap_space_gib * 2**30 // bytes_per_block)
+    if affordable < 1:
+        raise ConfigurationError(
+            f"swap_space_gib is {options.swap_space_gib}, below one block of "
+            f"{bytes_per_block / 2**20:.2f} MiB, so that nothing can be swapped; raise it, or set "
+            'preemption to "recompute"'
+        )
+    return min(affordable, num_blocks)
+
+
+def preemption_costs(decoder: Decoder, block_size: int) -> PreemptionCosts:
+    """Seconds to move a block and to compute a token, from round figures for this device.
+
+    A token costs two operations per parameter, a block the bytes of its keys and values.
+    """
+    weight = decoder.embed_tokens.weight
+    operations, bandwidth = DEVICE_SPEEDS[weight.device.type if weight.is_cuda else "cpu"]
+    block = cache_shape(decoder.config, 1, block_size).bytes_per_block(weight.dtype)
+    return PreemptionCosts(
+        move_block=block / bandwidth, compute_token=2 * decoder.config.num_weights / operations
     )
 
 

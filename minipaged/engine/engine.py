@@ -12,8 +12,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
-from minipaged.decoding.sampler import Draw, sample
+from torch import Tensor
+
+from minipaged.decoding.beam_search import BeamSearch, Candidate
+from minipaged.decoding.sampler import Draw, SampledToken, sample, token_logprobs
 from minipaged.decoding.stopping import end_tokens
+from minipaged.engine.completion import Completion
 from minipaged.engine.model_runner import Runner
 from minipaged.engine.outputs import RequestOutput
 from minipaged.engine.request_state import RequestState
@@ -23,6 +27,7 @@ from minipaged.models.detokenizer import IncrementalDetokenizer
 from minipaged.models.tokenizer import Tokenizer
 from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import RequestId, Sequence, SequenceGroup, SequenceId
+from minipaged.scheduling.policy import first_come_first_served
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.step_plan import StepPlan
 
@@ -73,14 +78,21 @@ class Engine:
         self.observers: list[Callable[[StepRecord], None]] = []
         self.num_steps = 0
         self._num_requests = 0
+        self._num_sequences = 0
         self._requests: dict[RequestId, RequestState] = {}
         self._by_sequence: dict[SequenceId, RequestState] = {}
+        self._forks: list[tuple[SequenceId, SequenceId]] = []  # of the running step
 
     def add_request(
-        self, request_id: RequestId, prompt: Prompt, params: SamplingParams | None = None
+        self,
+        request_id: RequestId,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        priority: int = 0,
     ) -> None:
         """Queue a prompt, given as text or as token ids.
 
+        priority: 0 is the most urgent; others need the scheduling policy "priority".
         Raises InvalidRequestError, with nothing changed, if it can never be served.
         """
         if request_id in self._requests:
@@ -88,24 +100,24 @@ class Engine:
                 f"request id {request_id!r} is in use; choose another or abort that one first"
             )
         params = params or SamplingParams()
+        self._check_priority(priority)
         token_ids = self._tokens(prompt, params)
         max_tokens = self._max_tokens(len(token_ids), params)
         arrival = self._num_requests
-        random_key = (self.seed, arrival) if params.seed is None else (params.seed,)
-        sequence = Sequence(arrival, token_ids, random_key)
-        group = SequenceGroup(request_id, [sequence], params, arrival)
+        sequence = Sequence(self._num_sequences, token_ids, self._random_key(arrival, params, 0))
+        group = SequenceGroup(request_id, [sequence], params, arrival, priority)
         # The last token is never computed, so it needs no slot.
         self.scheduler.add(group, len(token_ids) + max_tokens - 1)
         self._num_requests += 1
-        state = RequestState(
-            group,
-            prompt if isinstance(prompt, str) else None,
-            end_tokens(params, self.eos_token_ids),
-            max_tokens,
-            None
-            if self.tokenizer is None
-            else IncrementalDetokenizer(self.tokenizer, params.skip_special_tokens, token_ids),
-        )
+        self._num_sequences += 1
+        detokenizer = None
+        if self.tokenizer is not None:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer, params.skip_special_tokens, token_ids
+            )
+        ends = end_tokens(params, self.eos_token_ids)
+        first = Completion(sequence, params, ends, max_tokens, detokenizer)
+        state = RequestState(group, prompt if isinstance(prompt, str) else None, first)
         self._requests[request_id] = state
         self._by_sequence[sequence.seq_id] = state
 
@@ -123,22 +135,22 @@ class Engine:
         planned = time.perf_counter()
         logits = self.runner.execute(plan)
         computed = time.perf_counter()
-        states = self._mark_computed(plan)
-        tokens = sample(logits, [self._draw(state) for state in states])
+        growing = self._mark_computed(plan)
+        states = list(dict.fromkeys(self._by_sequence[c.sequence.seq_id] for c in growing))
+        tokens = self._draw(growing, logits)
         sampled = time.perf_counter()
-        new_text = {
-            state.group.request_id: state.append(token)
-            for state, token in zip(states, tokens, strict=True)
-        }
+        new_text = {c.sequence.seq_id: c.append(token) for c, token in tokens}
+        for state in states:
+            state.retire()
         outputs = [state.output() for state in states]
         end = time.perf_counter()
         self.timings.add(planned - start, computed - planned, sampled - computed, end - sampled)
         if self.observers:
             self._observe(plan, end - start, states, new_text)
+        self._forks.clear()
         self.num_steps += 1
         for state in states:
-            if state.finish_reason is not None:
-                self._release(state)
+            self._let_go(state)
         return outputs
 
     def abort(self, request_id: RequestId) -> RequestOutput | None:
@@ -194,32 +206,151 @@ class Engine:
         pool = manager.device.num_blocks * manager.block_size
         return max(1, min(room, pool + 1 - num_prompt_tokens))
 
-    def _mark_computed(self, plan: StepPlan) -> list[RequestState]:
-        """Count the tokens of a step that is done; returns the requests that draw a token."""
-        states = []
-        for item in plan.scheduled:
-            state = self._by_sequence[item.seq_id]
-            state.sequence.num_computed_tokens = item.context_length
-            if item.samples:
-                states.append(state)
-        return states
+    def _random_key(self, arrival: int, params: SamplingParams, index: int) -> tuple[int, ...]:
+        """Of the random stream of a request's output number `index`."""
+        if params.seed is not None:
+            return (params.seed, index)
+        return (self.seed, arrival, index)
 
-    def _draw(self, state: RequestState) -> Draw:
-        return Draw(state.sequence, state.group.params, state.end_token_ids)
+    def _mark_computed(self, plan: StepPlan) -> list[Completion]:
+        """Count the tokens of a step that is done; returns the outputs that get a token."""
+        growing = []
+        for item in plan.scheduled:
+            completion = self._by_sequence[item.seq_id].growing[item.seq_id]
+            completion.sequence.num_computed_tokens = item.context_length
+            if item.samples:
+                growing.append(completion)
+        manager = self.scheduler.manager
+        if manager.tracks_contents:
+            for state in dict.fromkeys(self._by_sequence[item.seq_id] for item in plan.scheduled):
+                for sequence in state.group.sequences:
+                    manager.mark_computed(sequence.seq_id, sequence.token_ids)
+        return growing
+
+    def _draw(
+        self, growing: list[Completion], logits: Tensor
+    ) -> list[tuple[Completion, SampledToken]]:
+        """The next token of every output: drawn, or found by the beam search it belongs to.
+
+        Row i of the logits is that of growing[i].  Outputs fork on the way.
+        """
+        rows: list[int] = []
+        drawing: list[Completion] = []
+        beams: dict[RequestState, list[int]] = {}
+        for row, completion in enumerate(growing):
+            state = self._by_sequence[completion.sequence.seq_id]
+            if state.search is not None:
+                beams.setdefault(state, []).append(row)
+                continue
+            children = [completion] if state.group.has_forked else self._fork_samples(state)
+            drawing += children
+            rows += [row] * len(children)
+        tokens: list[tuple[Completion, SampledToken]] = []
+        if drawing:
+            draws = [Draw(c.sequence, c.params, c.end_token_ids) for c in drawing]
+            chosen = logits if rows == list(range(len(logits))) else logits[rows]
+            tokens += zip(drawing, sample(chosen, draws), strict=True)
+        for state, beam_rows in beams.items():
+            tokens += self._advance_beams(state, logits[beam_rows])
+        return tokens
+
+    def _fork_samples(self, state: RequestState) -> list[Completion]:
+        """Let a prompt that was just computed become the samples of its request."""
+        group = state.group
+        (first,) = state.growing.values()
+        group.has_forked = True
+        for index in range(1, group.params.width):
+            key = self._random_key(group.arrival, group.params, index)
+            state.completions.append(self._fork(state, first, key))
+        return list(state.growing.values())
+
+    def _fork(
+        self, state: RequestState, parent: Completion, random_key: tuple[int, ...] = (0,)
+    ) -> Completion:
+        """One more output of a request that shares everything with another one so far."""
+        child = parent.sequence.fork(self._num_sequences, random_key)
+        self._num_sequences += 1
+        self.scheduler.fork(state.group, parent.sequence.seq_id, child)
+        self._by_sequence[child.seq_id] = state
+        self._forks.append((parent.sequence.seq_id, child.seq_id))
+        return state.fork(parent, child)
+
+    def _advance_beams(
+        self, state: RequestState, logits: Tensor
+    ) -> list[tuple[Completion, SampledToken]]:
+        """One step of a beam search: beams fork, go on, or let go of their blocks (section 4.4)."""
+        search, beams = state.search, list(state.growing.values())
+        assert search is not None
+        state.group.has_forked = True
+        running, complete = search.step(logits)
+        for candidate in complete:
+            beam = beams[candidate.beam]
+            hypothesis = beam.fork(beam.sequence.fork(-1))  # it is complete and needs no blocks
+            hypothesis.append(_beam_token(search, candidate))
+            state.complete(hypothesis, candidate.cumulative_logprob)
+        if not running:
+            state.growing.clear()
+            return []
+        # Children hold the blocks of their parent before any parent lets go of them.  The first
+        # child takes the parent's place.
+        going_on: dict[int, list[Completion]] = {}
+        order = []
+        for candidate in running:
+            heirs = going_on.setdefault(candidate.beam, [])
+            beam = beams[candidate.beam]
+            heirs.append(self._fork(state, beam) if heirs else beam)
+            order.append(heirs[-1])
+        for place, beam in enumerate(beams):
+            if place not in going_on:
+                self._drop(state, beam)
+        state.reorder(order)
+        return [
+            (completion, _beam_token(search, candidate))
+            for completion, candidate in zip(order, running, strict=True)
+        ]
+
+    def _drop(self, state: RequestState, completion: Completion) -> None:
+        """Free the blocks of an output that does not go on, while others of its request do."""
+        state.growing.pop(completion.sequence.seq_id, None)
+        self.scheduler.drop(state.group, completion.sequence)
+        del self._by_sequence[completion.sequence.seq_id]
+
+    def _let_go(self, state: RequestState) -> None:
+        """Free the blocks of the outputs that ended in this step."""
+        if not state.growing:
+            self._release(state)
+            return
+        for sequence in list(state.group.sequences):
+            if sequence.seq_id not in state.growing:
+                self.scheduler.drop(state.group, sequence)
+                del self._by_sequence[sequence.seq_id]
 
     def _release(self, state: RequestState) -> None:
+        for sequence in state.group.sequences:
+            del self._by_sequence[sequence.seq_id]
         self.scheduler.remove(state.group)
         del self._requests[state.group.request_id]
-        del self._by_sequence[state.sequence.seq_id]
+
+    def _check_priority(self, priority: int) -> None:
+        if not isinstance(priority, int) or isinstance(priority, bool) or priority < 0:
+            raise InvalidRequestError(
+                f"priority is {priority!r}; it must be a whole number, and 0 is the most urgent"
+            )
+        if priority > 0 and self.scheduler.policy is first_come_first_served:
+            raise InvalidRequestError(
+                f"priority is {priority} and requests are served first come, first served; "
+                'set the engine\'s policy to "priority" or leave it 0'
+            )
 
     def _observe(
         self,
         plan: StepPlan,
         seconds: float,
         states: list[RequestState],
-        new_text: dict[RequestId, str],
+        new_text: dict[SequenceId, str],
     ) -> None:
-        manager = self.scheduler.manager
+        scheduler, manager = self.scheduler, self.scheduler.manager
+        cache = manager.prefix_cache
         record = StepRecord(
             step=self.num_steps,
             seconds=seconds,
@@ -230,20 +361,36 @@ class Engine:
                 TableRecord(
                     seq_id,
                     self._by_sequence[seq_id].group.request_id,
-                    tuple(table.blocks),
+                    tuple(table.held_blocks),
                     table.num_tokens,
+                    table.num_dropped,
+                    table.allocator is manager.host,
                 )
                 for seq_id, table in manager.tables.items()
             ),
-            running=tuple(group.request_id for group in self.scheduler.running),
-            waiting=tuple(group.request_id for group in self.scheduler.waiting),
+            running=tuple(group.request_id for group in scheduler.running),
+            waiting=tuple(group.request_id for group in scheduler.waiting),
             finished={
                 state.group.request_id: state.finish_reason
                 for state in states
                 if state.finish_reason is not None
             },
             new_text=new_text,
-            num_preemptions=self.scheduler.num_preemptions,
+            num_preemptions=scheduler.num_preemptions,
+            forks=tuple(self._forks),
+            num_swaps=scheduler.preemption.num_swaps,
+            num_host_blocks=manager.host.num_blocks,
+            num_cached_blocks=manager.device.num_cached,
+            num_hit_tokens=cache.num_hit_tokens if cache is not None else 0,
+            num_queried_tokens=cache.num_queried_tokens if cache is not None else 0,
         )
         for observer in self.observers:
             observer(record)
+
+
+def _beam_token(search: BeamSearch, candidate: Candidate) -> SampledToken:
+    logprobs = search.logprobs[candidate.beam]
+    return SampledToken(
+        candidate.token_id,
+        token_logprobs(logprobs, candidate.token_id, search.params.logprobs or 0),
+    )

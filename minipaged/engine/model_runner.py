@@ -54,6 +54,7 @@ class ModelRunner:
             [len(item.token_ids) for item in items],
             [item.context_length for item in items],
             [item.block_table for item in items],
+            self.decoder.config.sliding_window,
         )
         token_ids = np.concatenate([item.token_ids for item in items])
         last_rows = np.empty(len(items), dtype=np.int64)

@@ -7,6 +7,7 @@ Whatever the engine does to a request, its tokens must equal these.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from minipaged.request.sequence import Sequence
 class ContiguousCache:
     """Keys and values of one sequence, [tokens, kv_heads, head_dim] per layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
+        self._window = window
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -31,7 +33,26 @@ class ContiguousCache:
             old_key, old_value = self._layers[layer]
             key, value = torch.cat((old_key, key)), torch.cat((old_value, value))
         self._layers[layer] = key, value
-        return contiguous_attention(query, key, value)
+        return contiguous_attention(query, key, value, self._window)
+
+    def copy(self) -> ContiguousCache:
+        """A copy that grows by itself: what a fork costs without block tables."""
+        copied = ContiguousCache(self._window)
+        copied._layers = dict(self._layers)
+        return copied
+
+
+def _compute(decoder: Decoder, cache: ContiguousCache, sequence: Sequence) -> Tensor:
+    """Logits behind the last token of a sequence, [1, vocab]."""
+    new = sequence.token_ids[sequence.num_computed_tokens :]
+    positions = torch.arange(sequence.num_computed_tokens, len(sequence.token_ids))
+    sequence.num_computed_tokens = len(sequence.token_ids)
+    return decoder(torch.tensor(new), positions, cache.attend)[-1:]
+
+
+def _most_tokens(decoder: Decoder, sequence: Sequence, params: SamplingParams) -> int:
+    room = decoder.config.context_length - sequence.num_prompt_tokens
+    return min(params.max_tokens or room, room)
 
 
 @torch.inference_mode()
@@ -42,18 +63,73 @@ def generate_alone(
     random_key: tuple[int, ...] = (0,),
     eos_token_ids: tuple[int, ...] = (),
 ) -> list[int]:
-    """Output token ids of one request; stop strings, which need a tokenizer, are not looked for."""
+    """One output of one request; stop strings, which need a tokenizer, are not looked for.
+
+    random_key: of the stream that the output draws from; its last number is its index.
+    """
     sequence = Sequence(0, prompt_token_ids, random_key)
-    room = decoder.config.context_length - sequence.num_prompt_tokens
-    max_tokens = min(params.max_tokens or room, room)
+    max_tokens = _most_tokens(decoder, sequence, params)
     ends = end_tokens(params, eos_token_ids)
-    cache = ContiguousCache()
+    cache = ContiguousCache(decoder.config.sliding_window)
     while True:
-        new = sequence.token_ids[sequence.num_computed_tokens :]
-        positions = torch.arange(sequence.num_computed_tokens, len(sequence.token_ids))
-        logits = decoder(torch.tensor(new), positions, cache.attend)
-        sequence.num_computed_tokens = len(sequence.token_ids)
-        (token,) = sample(logits[-1:], [Draw(sequence, params, ends)])
+        logits = _compute(decoder, cache, sequence)
+        (token,) = sample(logits, [Draw(sequence, params, ends)])
         sequence.token_ids.append(token.token_id)
         if stop_by_token(sequence, ends, max_tokens):
             return sequence.output_token_ids
+
+
+class NaiveBeam(NamedTuple):
+    """A partial output with a cache of its own."""
+
+    sequence: Sequence
+    cache: ContiguousCache
+    logprob: float
+
+
+@torch.inference_mode()
+def beam_search_alone(
+    decoder: Decoder,
+    prompt_token_ids: Iterable[int],
+    params: SamplingParams,
+    eos_token_ids: tuple[int, ...] = (),
+) -> list[tuple[list[int], float]]:
+    """Token ids and score of the hypotheses of one request, the best first.
+
+    Written on its own and in full: every continuation of every beam is listed and sorted.
+    """
+    prompt = Sequence(0, prompt_token_ids)
+    width, max_tokens = params.width, _most_tokens(decoder, prompt, params)
+    ends = end_tokens(params, eos_token_ids)
+    beams = [NaiveBeam(prompt, ContiguousCache(decoder.config.sliding_window), 0.0)]
+    done: list[tuple[list[int], float]] = []
+    for length in range(1, max_tokens + 1):
+        options = []
+        for beam in beams:
+            logprobs = torch.log_softmax(_compute(decoder, beam.cache, beam.sequence)[0], -1)
+            for token_id, logprob in enumerate(logprobs.tolist()):
+                if length > params.min_tokens or token_id not in ends:
+                    options.append((beam.logprob + logprob, token_id, beam))
+        options.sort(key=lambda option: -option[0])
+        last = length == max_tokens
+        for logprob, token_id, beam in options[:width]:
+            if token_id in ends or last:
+                tokens = [*beam.sequence.output_token_ids, token_id]
+                done.append((tokens, logprob / length**params.length_penalty))
+        done = sorted(done, key=lambda hypothesis: -hypothesis[1])[:width]
+        # As many as `transformers` looks at; no more are needed, since each beam has each end once.
+        options = options[: max(2, 1 + len(set(ends))) * width]
+        going_on = [option for option in options if option[1] not in ends][:width]
+        if last or not going_on:
+            break
+        if len(done) == width:
+            longest = params.early_stopping == "never" and params.length_penalty > 0
+            best = going_on[0][0] / (max_tokens if longest else length) ** params.length_penalty
+            if params.early_stopping is True or best <= done[-1][1]:
+                break
+        beams = []
+        for logprob, token_id, beam in going_on:
+            sequence = beam.sequence.fork(0)
+            sequence.token_ids.append(token_id)
+            beams.append(NaiveBeam(sequence, beam.cache.copy(), logprob))
+    return done[: params.n]

@@ -16,6 +16,8 @@ class CompletionOutput:
     token_ids: generated tokens, an end token included.
     logprobs: for each generated token, if asked for, that token's and the likeliest ones'.
     finish_reason: "stop", "length" or "abort"; None while it grows.
+    cumulative_logprob: of the whole output, if logprobs or a choice among outputs needed it.
+    score: what a complete hypothesis of a beam search is ranked by.
     """
 
     index: int
@@ -23,14 +25,8 @@ class CompletionOutput:
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
-
-    @property
-    def cumulative_logprob(self) -> float | None:
-        """Log-probability of the whole output, if log-probabilities were asked for."""
-        if self.logprobs is None:
-            return None
-        pairs = zip(self.token_ids, self.logprobs, strict=True)
-        return sum(logprobs[token_id].logprob for token_id, logprobs in pairs)
+    cumulative_logprob: float | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)

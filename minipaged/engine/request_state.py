@@ -1,103 +1,93 @@
-"""One request inside the engine: its sequence group, and the text its tokens have become.
+"""One request inside the engine: its sequence group and the outputs that grow from it.
 
-Owns the way from a drawn token to output: end tokens, detokenizing, stop strings, the part
-of the text that may already be shown.
+Owns how a request becomes several outputs, and which of them its caller gets to see.
 """
 
 from __future__ import annotations
 
-from minipaged.decoding.sampler import Logprob, SampledToken
-from minipaged.decoding.stopping import num_held_back, stop_by_string, stop_by_token
-from minipaged.engine.outputs import CompletionOutput, RequestOutput
-from minipaged.models.detokenizer import IncrementalDetokenizer
-from minipaged.request.sequence import FinishReason, Sequence, SequenceGroup
+from minipaged.decoding.beam_search import BeamSearch
+from minipaged.engine.completion import Completion
+from minipaged.engine.outputs import RequestOutput
+from minipaged.request.sequence import FinishReason, Sequence, SequenceGroup, SequenceId
 
 
 class RequestState:
-    """Follows one request from its prompt to its last token.
+    """Follows one request from its prompt to the last token of its last output.
 
-    end_token_ids: tokens that end the output.
-    max_tokens: output tokens at most, the context's and the pool's limits included.
+    first: what the prompt's sequence will become; the others are forked from it.
     """
 
-    def __init__(
-        self,
-        group: SequenceGroup,
-        prompt: str | None,
-        end_token_ids: tuple[int, ...],
-        max_tokens: int,
-        detokenizer: IncrementalDetokenizer | None,
-    ) -> None:
+    def __init__(self, group: SequenceGroup, prompt: str | None, first: Completion) -> None:
         self.group = group
         self.prompt = prompt
-        self.prompt_token_ids = self.sequence.token_ids.copy()
-        self.end_token_ids = end_token_ids
-        self.max_tokens = max_tokens
-        self.finish_reason: FinishReason | None = None
-        self._detokenizer = detokenizer
-        self._text = ""
-        self._num_shown = 0
-        self._logprobs: list[dict[int, Logprob]] = []
+        self.prompt_token_ids = first.sequence.token_ids.copy()
+        self.growing: dict[SequenceId, Completion] = {first.sequence.seq_id: first}
+        self.completions: list[Completion] = [first]  # samples by index, or complete hypotheses
+        self.search: BeamSearch | None = None
+        if group.params.use_beam_search:
+            self.search = BeamSearch(group.params, first.end_token_ids, first.max_tokens)
+            self.completions = []
 
     @property
-    def sequence(self) -> Sequence:
-        """The one sequence of the group."""
-        (sequence,) = self.group.sequences
-        return sequence
+    def finish_reason(self) -> FinishReason | None:
+        """How the first output ended; None while any output grows."""
+        if self.growing:
+            return None
+        return self.ranked()[0].finish_reason
 
-    def append(self, token: SampledToken) -> str:
-        """Add a drawn token to the sequence; returns the text that may be shown for it.
+    def fork(self, parent: Completion, child: Sequence) -> Completion:
+        """Begin another output where the parent's stands."""
+        completion = self.growing[child.seq_id] = parent.fork(child)
+        return completion
 
-        Sets `finish_reason` if the output ends with it.
+    def complete(self, hypothesis: Completion, cumulative_logprob: float) -> None:
+        """Keep a complete hypothesis of a beam search, and the best `width` of all."""
+        assert self.search is not None
+        hypothesis.cumulative_logprob = cumulative_logprob
+        hypothesis.score = self.search.score(
+            cumulative_logprob, hypothesis.sequence.num_output_tokens
+        )
+        self.completions.append(hypothesis)
+        self.completions.sort(key=lambda c: -(c.score or 0.0))
+        del self.completions[self.group.params.width :]
+
+    def reorder(self, beams: list[Completion]) -> None:
+        """Put the running beams in the order of the search, which is that of their rows."""
+        self.growing = {beam.sequence.seq_id: beam for beam in beams}
+        self.group.sequences[:] = [beam.sequence for beam in beams]
+
+    def retire(self) -> None:
+        """Outputs that ended in this step do not grow any more."""
+        for completion in list(self.growing.values()):
+            if completion.finish_reason is not None:
+                del self.growing[completion.sequence.seq_id]
+
+    def abort(self) -> dict[SequenceId, str]:
+        """End all outputs where they stand; returns what texts grew by."""
+        texts = {seq_id: completion.abort() for seq_id, completion in self.growing.items()}
+        if self.search is not None:
+            self.completions += self.growing.values()
+        self.growing.clear()
+        return texts
+
+    def ranked(self) -> list[Completion]:
+        """The outputs, the best first where not all of them are returned.
+
+        Of a beam search the complete hypotheses come before those that still grow.
         """
-        sequence = self.sequence
-        sequence.token_ids.append(token.token_id)
-        if token.logprobs is not None:
-            self._logprobs.append(token.logprobs)
-        self.finish_reason = stop_by_token(sequence, self.end_token_ids, self.max_tokens)
-        new = ""
-        if self._detokenizer is not None:
-            if self.finish_reason != "stop":  # an end token is not part of the text
-                new = self._detokenizer.append(token.token_id)
-            if self.finish_reason is not None:
-                new += self._detokenizer.finish()
-        self._text += new
-        params = self.group.params
-        if sequence.num_output_tokens >= params.min_tokens:
-            cut = stop_by_string(self._text, len(new), params)
-            if cut is not None:
-                self._text = self._text[:cut]
-                self.finish_reason = "stop"
-        return self._show()
-
-    def abort(self) -> str:
-        """End the output where it stands; returns the text that was held back until now."""
-        self.finish_reason = "abort"
-        if self._detokenizer is not None:
-            self._text += self._detokenizer.finish()
-        return self._show()
-
-    def _show(self) -> str:
-        held_back = 0 if self.finish_reason else num_held_back(self.group.params)
-        shown = max(self._num_shown, len(self._text) - held_back)
-        new = self._text[self._num_shown : shown]
-        self._num_shown = shown
-        return new
+        if self.search is not None:
+            return [*self.completions, *self.growing.values()]
+        if self.group.params.is_ranked:
+            return sorted(self.completions, key=lambda c: -c.cumulative_logprob)
+        return self.completions
 
     def output(self) -> RequestOutput:
         """The request as its caller sees it now."""
-        sequence = self.sequence
-        completion = CompletionOutput(
-            index=0,
-            text=self._text[: self._num_shown],
-            token_ids=sequence.output_token_ids,
-            logprobs=None if self.group.params.logprobs is None else list(self._logprobs),
-            finish_reason=self.finish_reason,
-        )
+        best = self.ranked()[: self.group.params.n]
         return RequestOutput(
             request_id=self.group.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[completion],
-            finished=self.finish_reason is not None,
+            outputs=[completion.output(index) for index, completion in enumerate(best)],
+            finished=not self.growing,
         )

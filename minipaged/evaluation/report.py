@@ -46,6 +46,9 @@ def show_throughput(console: Console, measurements: list[Measurement]) -> None:
         best = max(others, key=lambda m: m.tokens_per_second)
         ratio = ours.tokens_per_second / best.tokens_per_second
         console.print(f"{ratio:.2f} times {best.system}, the better of the others")
+        rounds = zip(ours.seconds, *(m.seconds for m in others), strict=True)
+        ratios = ", ".join(f"{min(theirs) / mine:.2f}" for mine, *theirs in rounds)
+        console.print(f"round by round: {ratios} times the better of the others")
     if ours.shares is not None:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in ours.shares.items())
         console.print(f"time of minipaged: {shares}")

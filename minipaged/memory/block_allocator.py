@@ -6,6 +6,7 @@ or where its memory is; a pool on the GPU and a pool on the host look the same f
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 from minipaged.errors import ConfigurationError, OutOfBlocksError
@@ -16,8 +17,14 @@ BlockId = int
 class BlockAllocator:
     """A free list and reference counts over the blocks 0 .. num_blocks - 1 (section 4.2).
 
-    `on_free(block)` is called when the last holder lets go of a block; the debug mode
-    poisons the block's memory there.
+    A free block may be worth keeping: the prefix cache can ask that the contents of a block
+    be remembered.  When nobody holds such a block any more, it is free like any other, but is
+    given out last, the one that was let go longest ago first; until then `share` finds it
+    again.
+
+    on_free(block): the last holder of a block whose contents are not remembered let go of it;
+        the debug mode poisons the block's memory there.
+    on_evict(block): a remembered block is about to be given out for other contents.
     """
 
     def __init__(self, num_blocks: int, on_free: Callable[[BlockId], None] | None = None) -> None:
@@ -25,18 +32,26 @@ class BlockAllocator:
             raise ConfigurationError(f"a pool of {num_blocks} blocks cannot be; 0 is the least")
         self.num_blocks = num_blocks
         self.on_free = on_free
+        self.on_evict: Callable[[BlockId], None] | None = None
         self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: warm blocks are used again
+        self._remembered: set[BlockId] = set()
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # free and remembered, in order
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
+        """Blocks that nobody holds, cached ones included."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody holds and whose contents can be found again."""
+        return len(self._cached)
 
     @property
     def num_used(self) -> int:
         """Blocks that somebody holds; a shared block counts once."""
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free
 
     def ref_count(self, block: BlockId) -> int:
         """How many tables hold `block`; 0 if it is free."""
@@ -45,7 +60,7 @@ class BlockAllocator:
     def allocate(self) -> BlockId:
         """Take a free block; its reference count is 1.  Raises OutOfBlocksError if none is left."""
         self.check_available(1)
-        block = self._free.pop()
+        block = self._free.pop() if self._free else self._evict()
         self._ref_counts[block] = 1
         return block
 
@@ -58,23 +73,49 @@ class BlockAllocator:
             )
 
     def share(self, block: BlockId) -> None:
-        """Count one more holder of a block that is in use."""
-        self._check_used(block, "shared")
+        """Count one more holder of a block that is in use, or is free but remembered."""
+        if block in self._cached:
+            del self._cached[block]
+        else:
+            self._check_used(block, "shared")
         self._ref_counts[block] += 1
 
     def free(self, block: BlockId) -> None:
-        """Count one holder less; the last one puts the block back on the free list."""
+        """Count one holder less; after the last one the block is free."""
         self._check_used(block, "freed")
         self._ref_counts[block] -= 1
-        if self._ref_counts[block] == 0:
+        if self._ref_counts[block] > 0:
+            return
+        if block in self._remembered:
+            self._cached[block] = None
+        else:
             self._free.append(block)
             if self.on_free is not None:
                 self.on_free(block)
 
+    def remember(self, block: BlockId) -> None:
+        """Keep the contents of a block in use, once it is free, for as long as possible."""
+        self._check_used(block, "remembered")
+        self._remembered.add(block)
+
+    def is_remembered(self, block: BlockId) -> bool:
+        """Whether `block` keeps its contents when it is free."""
+        return block in self._remembered
+
+    def _evict(self) -> BlockId:
+        """The remembered block that has been free longest, its contents forgotten."""
+        block, _ = self._cached.popitem(last=False)
+        self._remembered.remove(block)
+        if self.on_evict is not None:
+            self.on_evict(block)
+        return block
+
     def check_integrity(self, holds: Mapping[BlockId, int]) -> None:
         """Assert conservation (T2), given how often each block stands in a table."""
-        free = set(self._free)
-        assert len(free) == len(self._free), f"free twice: {sorted(self._free)}"
+        free = set(self._free) | self._cached.keys()
+        assert len(free) == self.num_free, f"free twice: {self._free}, {list(self._cached)}"
+        assert self._remembered.isdisjoint(self._free), "a remembered block was forgotten silently"
+        assert self._remembered >= self._cached.keys(), "a cached block is not remembered"
         for block, count in enumerate(self._ref_counts):
             held = holds.get(block, 0)
             assert count == held, f"block {block}: reference count {count}, in {held} tables"

@@ -39,7 +39,7 @@ class KVCacheShape:
 class KVCache:
     """Keys and values of all layers; token i is at offset i % B of block table[i // B].
 
-    In debug mode every block is filled with NaN at first and again when it is freed, so that
+    In debug mode every block is filled with NaN at first and again after it was freed, so that
     a read of a slot that nobody wrote shows in the result.
     """
 
@@ -52,6 +52,7 @@ class KVCache:
     ) -> None:
         self.shape = shape
         self.debug = debug
+        self._freed: list[BlockId] = []
         block = (shape.block_size, shape.num_kv_heads, shape.head_dim)
         layers = (2, shape.num_layers)
         # The operating system hands out the pages of `empty` as they are first written.
@@ -84,16 +85,22 @@ class KVCache:
         _copy(self._device, self._device, copies)
 
     def swap_out(self, copies: Iterable[BlockCopy]) -> None:
-        """Copy device blocks to host blocks, in all layers at once."""
+        """Copy device blocks to host blocks, in all layers at once: the first act of a step."""
         _copy(self._device, self._host, copies)
+        if self._freed:
+            self._device[:, :, self._freed] = torch.nan
+            self._freed.clear()
 
     def swap_in(self, copies: Iterable[BlockCopy]) -> None:
         """Copy host blocks to device blocks, in all layers at once."""
         _copy(self._host, self._device, copies)
 
     def poison(self, block: BlockId) -> None:
-        """Overwrite a freed device block with NaN."""
-        self._device[:, :, block] = torch.nan
+        """Overwrite a freed device block with NaN, when the next step has begun.
+
+        A block that is swapped out is freed before its contents are copied to the host.
+        """
+        self._freed.append(block)
 
 
 def _copy(source: Tensor, target: Tensor, copies: Iterable[BlockCopy]) -> None:

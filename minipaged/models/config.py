@@ -35,7 +35,8 @@ class ModelConfig:
     """Sizes (counts of elements) and switches of one decoder.
 
     `rope` is None for models with learned positions; those look up row
-    `position + learned_position_offset` (OPT keeps two rows in front).
+    `position + learned_position_offset` (OPT keeps two rows in front).  `sliding_window` is how
+    many tokens a query sees in every layer, itself included; None is all of them.
     """
 
     family: str
@@ -70,6 +71,10 @@ class ModelConfig:
                 raise ConfigurationError(
                     f"the model's {name} is {getattr(self, name)}; it must be at least 1"
                 )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigurationError(
+                f"the model's sliding_window is {self.sliding_window}; it must be at least 1"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigurationError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads "
@@ -88,8 +93,15 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """Tokens a sequence may reach: up to the sliding window, attention is plain causal."""
-        return min(self.max_positions, self.sliding_window or self.max_positions)
+        """Tokens a sequence may reach."""
+        return self.max_positions
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all matrices that a token is multiplied with."""
+        attention = self.hidden_size * (self.qkv_size + self.num_heads * self.head_dim)
+        mlp = self.hidden_size * self.intermediate_size * (3 if self.gated_mlp else 2)
+        return self.num_layers * (attention + mlp) + self.vocab_size * self.hidden_size
 
     def kv_bytes_per_token(self, element_size: int) -> int:
         """Bytes of KV cache that one token takes in all layers (section 3: 800 KB for OPT-13B)."""

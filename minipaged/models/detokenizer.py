@@ -6,6 +6,7 @@ is held back until its last byte has come.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from minipaged.models.tokenizer import Tokenizer
@@ -36,6 +37,12 @@ class IncrementalDetokenizer:
         self._num_context_tokens = len(self._window)  # of the window: their text was returned
         # Characters of the window's text that were returned.
         self._num_returned = len(self._decode(self._window))
+
+    def fork(self) -> IncrementalDetokenizer:
+        """A second one that stands where this one does."""
+        child = copy.copy(self)
+        child._window = self._window.copy()
+        return child
 
     def append(self, token_id: int) -> str:
         """Add a token; returns the text that has become final, which may be none."""

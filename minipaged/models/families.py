@@ -61,6 +61,11 @@ def _llama_like(
     config: dict[str, Any], qkv_bias: bool, window: int | None, qk_norm: bool = False
 ) -> ModelConfig:
     heads = config["num_attention_heads"]
+    max_positions = config["max_position_embeddings"]
+    if window is not None and _num_windowed_layers(config) < config["num_hidden_layers"]:
+        # Blocks are freed for all layers or for none.  Up to the window's length every layer
+        # is plain causal attention.
+        window, max_positions = None, min(max_positions, window)
     attention_bias = config.get("attention_bias", False)
     return ModelConfig(
         family=config["model_type"],
@@ -71,7 +76,7 @@ def _llama_like(
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         intermediate_size=config["intermediate_size"],
-        max_positions=config["max_position_embeddings"],
+        max_positions=max_positions,
         norm_eps=config["rms_norm_eps"],
         activation=_activation(config.get("hidden_act", "silu")),
         rope=_rope(config),
@@ -103,7 +108,17 @@ def _qwen3(config: dict[str, Any]) -> ModelConfig:
 
 
 def _qwen_window(config: dict[str, Any]) -> int | None:
-    return config.get("sliding_window") if config.get("use_sliding_window") else None
+    if not config.get("use_sliding_window") or _num_windowed_layers(config) == 0:
+        return None
+    return config.get("sliding_window")
+
+
+def _num_windowed_layers(config: dict[str, Any]) -> int:
+    """How many layers have the sliding window, where the model has one."""
+    if config.get("layer_types"):
+        return config["layer_types"].count("sliding_attention")
+    first = config.get("max_window_layers", 28) if "qwen" in config["model_type"] else 0
+    return max(0, config["num_hidden_layers"] - first)
 
 
 def _opt(config: dict[str, Any]) -> ModelConfig:

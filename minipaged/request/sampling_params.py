@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from minipaged.errors import InvalidRequestError
 
@@ -33,9 +33,20 @@ class SamplingParams:
     stop_token_ids: tokens that end the output like the model's end-of-sequence token.
     ignore_eos: go on after the model's end-of-sequence token.
     logprobs: report the log-probability of each token and of this many likeliest ones.
-    seed: of this request's random stream; None derives it from the engine's seed.
+    seed: of this request's random streams; None derives them from the engine's seed.
+    n: outputs to return.
+    best_of: outputs to draw, of which the n most probable are returned; None is n.  With beam
+        search it is the beam width.
+    use_beam_search: keep the best_of likeliest partial outputs at every step; draws nothing.
+    length_penalty: a hypothesis scores its log-probability / length ** length_penalty, so that
+        more than 0 favours long ones.
+    early_stopping: when a beam search ends: True, with best_of hypotheses complete; False, when
+        a partial one of this length could not score better any more; "never", when one of any
+        length could not.
     """
 
+    n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -52,6 +63,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     seed: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -75,10 +89,23 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; "
                 "lower it or raise max_tokens"
             )
+        self._check_width()
+        if self.use_beam_search:
+            self._check_beam_search()
         if "" in stop:
             raise InvalidRequestError(
                 "a stop string is empty and would end every output at once; leave it out"
             )
+
+    @property
+    def width(self) -> int:
+        """Sequences that run for this request at a time: its samples, or its beams."""
+        return self.best_of or self.n
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the outputs returned are the most probable ones of more."""
+        return self.width > self.n or self.use_beam_search
 
     @property
     def greedy(self) -> bool:
@@ -95,12 +122,12 @@ class SamplingParams:
         )
 
     def _check_types(self) -> None:
-        whole = ("top_k", "min_tokens", "max_tokens", "logprobs", "seed")
+        whole = ("n", "best_of", "top_k", "min_tokens", "max_tokens", "logprobs", "seed")
         penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        real = ("temperature", "top_p", "min_p", *penalties)
+        real = ("temperature", "top_p", "min_p", "length_penalty", *penalties)
         for name in (*whole, *real):
             value: Any = getattr(self, name)
-            optional = name in ("max_tokens", "logprobs", "seed")
+            optional = name in ("best_of", "max_tokens", "logprobs", "seed")
             wanted, article = (int, "a whole number") if name in whole else (float, "a number")
             fits = isinstance(value, (int, wanted)) and not isinstance(value, bool)
             if not fits and not (value is None and optional):
@@ -112,6 +139,43 @@ class SamplingParams:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
                 raise InvalidRequestError(
                     f"a stop token id is {token!r}; it must be a whole number, 0 or more"
+                )
+
+    def _check_width(self) -> None:
+        self._check_range("n", 1, math.inf, "1 is one output")
+        self._check_range("best_of", 1, math.inf, "None is as many as n")
+        if self.width < self.n:
+            raise InvalidRequestError(
+                f"best_of is {self.best_of}, below n {self.n}; raise it or lower n"
+            )
+        if self.greedy and self.width > 1 and not self.use_beam_search:
+            raise InvalidRequestError(
+                f"temperature is 0 and {self.width} outputs are asked for, which would all be "
+                "the same; raise the temperature, set n and best_of to 1, or use beam search"
+            )
+        if not self.use_beam_search and (self.length_penalty != 1 or self.early_stopping):
+            raise InvalidRequestError(
+                f"length_penalty {self.length_penalty} and early_stopping {self.early_stopping} "
+                "mean something to beam search only; set use_beam_search or leave them out"
+            )
+
+    def _check_beam_search(self) -> None:
+        """What only drawing knows has no meaning for a search."""
+        if self.early_stopping not in (True, False, "never"):
+            raise InvalidRequestError(
+                f'early_stopping is {self.early_stopping!r}; it must be True, False or "never"'
+            )
+        self._check_range("length_penalty", -math.inf, math.inf, "1 is the mean log-probability")
+        refused = {"temperature": 0, "top_k": (0, -1), "top_p": 1, "min_p": 0, "stop": ((),)}
+        refused |= dict.fromkeys(("presence_penalty", "frequency_penalty"), 0)
+        refused |= {"repetition_penalty": 1}
+        for name, allowed in refused.items():
+            value = getattr(self, name)
+            if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
+                neutral = allowed[0] if isinstance(allowed, tuple) else allowed
+                raise InvalidRequestError(
+                    f"{name} is {value!r} with beam search, which scores the model's own "
+                    f"probabilities and draws nothing; set it to {neutral!r}"
                 )
 
     def _check_range(

@@ -20,9 +20,10 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class Status(enum.Enum):
-    """Where a sequence group stands.  A preempted group is WAITING again (section 4.5)."""
+    """Where a sequence group stands; preemption makes it WAITING or SWAPPED (section 4.5)."""
 
-    WAITING = "waiting"
+    WAITING = "waiting"  # it holds no block
+    SWAPPED = "swapped"  # it waits, and its blocks lie in the host pool
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -36,7 +37,15 @@ class Sequence:
     never needs a slot for its last token.
     """
 
-    __slots__ = ("num_computed_tokens", "num_prompt_tokens", "random", "seq_id", "token_ids")
+    __slots__ = (
+        "_random",
+        "_random_key",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "resume_from",
+        "seq_id",
+        "token_ids",
+    )
 
     def __init__(
         self,
@@ -48,8 +57,24 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
-        # A stream of its own, one draw per token: what others do cannot change its tokens.
-        self.random = np.random.default_rng(random_key)
+        # The sibling that held the same blocks before a preemption, and for how many tokens.
+        self.resume_from: tuple[SequenceId, int] | None = None
+        self._random_key = random_key
+        self._random: np.random.Generator | None = None
+
+    @property
+    def random(self) -> np.random.Generator:
+        """A stream of its own, one draw per token: what others do cannot change its tokens."""
+        if self._random is None:
+            self._random = np.random.default_rng(self._random_key)
+        return self._random
+
+    def fork(self, seq_id: SequenceId, random_key: tuple[int, ...] = (0,)) -> Sequence:
+        """A sequence with the same tokens so far and a random stream of its own."""
+        child = Sequence(seq_id, self.token_ids, random_key)
+        child.num_prompt_tokens = self.num_prompt_tokens
+        child.num_computed_tokens = self.num_computed_tokens
+        return child
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -73,10 +98,13 @@ class Sequence:
 class SequenceGroup:
     """All sequences of one request, preempted and resumed together (section 4.5).
 
-    `arrival` counts requests from 0; it is the order of service.
+    It begins with one sequence, the prompt.  When the prompt is computed it forks into the
+    samples or beams of the request; those that end leave it.
+    arrival: counts requests from 0.
+    priority: 0 is the most urgent; how it bears on the order of service is `policy.py`'s.
     """
 
-    __slots__ = ("arrival", "params", "request_id", "sequences", "status")
+    __slots__ = ("arrival", "has_forked", "params", "priority", "request_id", "sequences", "status")
 
     def __init__(
         self,
@@ -84,12 +112,22 @@ class SequenceGroup:
         sequences: list[Sequence],
         params: SamplingParams,
         arrival: int,
+        priority: int = 0,
     ) -> None:
         self.request_id = request_id
         self.sequences = sequences
         self.params = params
         self.arrival = arrival
+        self.priority = priority
         self.status = Status.WAITING
+        self.has_forked = params.width == 1
+
+    @property
+    def num_seats(self) -> int:
+        """Sequences that may run at a time from now on: what it counts for in a batch."""
+        if self.has_forked and not self.params.use_beam_search:
+            return len(self.sequences)
+        return self.params.width
 
     def __repr__(self) -> str:
         return f"SequenceGroup {self.request_id!r} ({self.status.value}): {self.sequences}"

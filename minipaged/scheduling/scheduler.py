@@ -1,53 +1,100 @@
-"""Iteration-level scheduling, first come first served (sections 2.3 and 4.5).
+"""Iteration-level scheduling (sections 2.3, 4.5 and 4.6).
 
-Before every step it decides which sequence groups run and how many tokens each of them
-computes.  Running groups come first, oldest first; when no block is left, the group that
-arrived last loses all of its blocks.  Waiting groups are admitted in order of arrival, and
-only into room that is free.  The scheduler asks the block manager for slots; it never sees
-a tensor, and the tokens it hands out are plain numbers.
+Before every step it decides which sequence groups run and how many tokens each of their
+sequences computes.  Running groups come first, in the order of the policy; when no block is
+left, the last of them is preempted, whole.  Waiting groups are admitted in the same order,
+and only into room that is free.  The scheduler asks the block manager for slots; it never
+sees a tensor, and the tokens it hands out are plain numbers.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from dataclasses import dataclass, field
 
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.block_table import BlockCopy
-from minipaged.request.sequence import RequestId, Sequence, SequenceGroup, Status
-from minipaged.scheduling.preemption import preempt_by_recomputation
+from minipaged.request.sequence import RequestId, Sequence, SequenceGroup, SequenceId, Status
+from minipaged.scheduling.policy import Policy, first_come_first_served
+from minipaged.scheduling.preemption import Preemption
 from minipaged.scheduling.step_plan import ScheduledSequence, StepPlan
+
+Chunk = tuple[Sequence, int]
+"""A sequence and how many of its next tokens a step computes."""
+
+
+@dataclass
+class Draft:
+    """A StepPlan in the making.
+
+    spare: tokens that the step can compute beyond one for each running sequence.
+    """
+
+    spare: int
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    swap_out: list[BlockCopy] = field(default_factory=list)
+    swap_in: list[BlockCopy] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    preempted: list[RequestId] = field(default_factory=list)
+    swapped: list[RequestId] = field(default_factory=list)
+
+    def finish(self) -> StepPlan:
+        """The plan."""
+        return StepPlan(
+            tuple(self.scheduled),
+            tuple(self.swap_out),
+            tuple(self.swap_in),
+            tuple(self.copies),
+            tuple(self.preempted),
+            tuple(self.swapped),
+        )
 
 
 class Scheduler:
     """Turns queues of sequence groups into one StepPlan after the other.
 
-    Both queues are in order of arrival, and whoever runs arrived before whoever waits.
+    Both queues are in the order of the policy.  A swapped group waits in its place among the
+    others that wait.
     max_num_seqs: sequences that run at a time.
-    max_num_batched_tokens: tokens that one step computes; a longer prompt takes several
-    steps, and since only the last running group can be in the middle of its prompt,
-    decoding sequences never wait for the rest of it.
+    max_num_batched_tokens: tokens that one step computes, at least one for each running
+        sequence.  What is left goes to prompts, so that a long one takes several steps
+        (chunked prefill) and those who decode never wait for it.
     """
 
     def __init__(
-        self, manager: BlockManager, max_num_seqs: int = 256, max_num_batched_tokens: int = 2048
+        self,
+        manager: BlockManager,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        policy: Policy = first_come_first_served,
+        preemption: Preemption | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise ConfigurationError(
                 f"max_num_seqs is {max_num_seqs}; at least 1 sequence has to run"
             )
-        if max_num_batched_tokens < max_num_seqs:
-            raise ConfigurationError(
-                f"max_num_batched_tokens is {max_num_batched_tokens}, below max_num_seqs "
-                f"{max_num_seqs}; every running sequence needs one token a step, "
-                "so raise the one or lower the other"
-            )
+        for name, least, why in (
+            ("max_num_seqs", max_num_seqs, "every running sequence needs one token a step"),
+            ("block_size", manager.block_size, "a chunk of a prompt should fill a block"),
+        ):
+            if max_num_batched_tokens < least:
+                raise ConfigurationError(
+                    f"max_num_batched_tokens is {max_num_batched_tokens}, below {name} {least}; "
+                    f"{why}, so raise the one or lower the other"
+                )
         self.manager = manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[SequenceGroup] = deque()
+        self.policy = policy
+        self.preemption = preemption or Preemption()
+        self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
-        self.num_preemptions = 0
+
+    @property
+    def num_preemptions(self) -> int:
+        """Groups preempted so far, by recomputation or swapping."""
+        return self.preemption.num_recomputations + self.preemption.num_swaps
 
     def add(self, group: SequenceGroup, max_tokens_in_cache: int) -> None:
         """Queue a group whose sequences will hold at most this many tokens each in the cache.
@@ -55,19 +102,31 @@ class Scheduler:
         Refuses, with InvalidRequestError, what could never run (T6).
         """
         pool = self.manager.device.num_blocks
-        needed = self.manager.blocks_for(max_tokens_in_cache) * len(group.sequences)
+        needed = self.most_blocks(group, max_tokens_in_cache)
         if needed > pool:
             raise InvalidRequestError(
                 f"request {group.request_id!r} may need {needed} blocks of "
                 f"{self.manager.block_size} tokens and the whole pool has {pool}; shorten the "
-                "prompt, lower max_tokens or raise num_blocks"
+                "prompt, lower max_tokens, n or the beam width, or raise num_blocks"
             )
-        if len(group.sequences) > self.max_num_seqs:
+        if group.num_seats > self.max_num_seqs:
             raise InvalidRequestError(
-                f"request {group.request_id!r} has {len(group.sequences)} sequences and "
+                f"request {group.request_id!r} has {group.num_seats} sequences and "
                 f"max_num_seqs is {self.max_num_seqs}; ask for fewer or raise max_num_seqs"
             )
-        self.waiting.append(group)
+        insort(self.waiting, group, key=self.policy)
+
+    def most_blocks(self, group: SequenceGroup, max_tokens_in_cache: int) -> int:
+        """Blocks that suffice for a new group by itself, whatever its sequences become.
+
+        They share at least the full blocks of the prompt, unless a sliding window drops them.
+        """
+        manager = self.manager
+        each = manager.most_blocks(max_tokens_in_cache, self.max_num_batched_tokens)
+        shared = 0
+        if manager.sliding_window is None:
+            shared = len(group.sequences[0].token_ids) // manager.block_size
+        return shared + group.num_seats * (each - shared)
 
     @property
     def has_unfinished(self) -> bool:
@@ -76,84 +135,172 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan the next step.  The block tables already count the tokens it will compute."""
-        scheduled: list[ScheduledSequence] = []
-        copies: list[BlockCopy] = []
-        preempted: list[RequestId] = []
-        budget = self.max_num_batched_tokens
+        num_seqs = sum([len(group.sequences) for group in self.running])
+        draft = Draft(self.max_num_batched_tokens - num_seqs)
 
         position = 0
         while position < len(self.running):
-            chunks, num_tokens = next_chunks(self.running[position], budget)
+            chunks, num_tokens = self._next_chunks(self.running[position], draft)
             # n tokens never take more than n blocks, so that mostly there is room.
             if num_tokens > self.manager.device.num_free and not self._make_room(
-                chunks, position, preempted
+                chunks, position, draft
             ):
                 break  # the group was the last one left and had to go itself
-            self._take_slots(chunks, scheduled, copies)
-            budget -= num_tokens
+            self._take_slots(chunks, draft)
             position += 1
 
         # A step that took blocks away from someone has none to give to someone new.
-        num_seqs = len(scheduled)
-        while self.waiting and budget > 0 and not preempted:
-            group = self.waiting[0]
-            num_seqs += len(group.sequences)
-            if num_seqs > self.max_num_seqs or not self._fits(group):
-                break
-            self.running.append(self.waiting.popleft())
-            group.status = Status.RUNNING
-            chunks, num_tokens = next_chunks(group, budget)
-            self._take_slots(chunks, scheduled, copies)
-            budget -= num_tokens
+        if self.waiting and not draft.preempted:
+            self._admit(draft)
+        return draft.finish()
 
-        return StepPlan(
-            scheduled=tuple(scheduled), copies=tuple(copies), preempted=tuple(preempted)
-        )
+    def fork(self, group: SequenceGroup, parent_id: SequenceId, child: Sequence) -> None:
+        """Add a child that shares the blocks of a sequence of the group (section 4.4)."""
+        self.manager.fork(parent_id, child.seq_id)
+        group.sequences.append(child)
+
+    def drop(self, group: SequenceGroup, sequence: Sequence) -> None:
+        """Take one sequence out of its group and let go of its blocks."""
+        group.sequences.remove(sequence)
+        self.manager.free(sequence.seq_id)
 
     def remove(self, group: SequenceGroup) -> None:
         """Take a finished or aborted group out of its queue and free its blocks."""
-        if group.status is Status.WAITING:
-            self.waiting.remove(group)
-        else:
-            self.running.remove(group)
+        (self.running if group.status is Status.RUNNING else self.waiting).remove(group)
         for sequence in group.sequences:
             self.manager.free(sequence.seq_id)
         group.status = Status.FINISHED
 
-    def _make_room(self, chunks: list[Chunk], position: int, preempted: list[RequestId]) -> bool:
-        """Preempt the latest arrivals until the chunks of running group `position` have blocks.
+    def _next_chunks(self, group: SequenceGroup, draft: Draft) -> tuple[list[Chunk], int]:
+        """The next tokens of every sequence of a running group, and their number.
+
+        One token each, and more from the spare ones where a sequence is behind.
+        """
+        if len(group.sequences) == 1:
+            sequence = group.sequences[0]
+            n = len(sequence.token_ids) - sequence.num_computed_tokens
+            if n > 1:
+                n = min(n, 1 + draft.spare)
+                draft.spare -= n - 1
+            return [(sequence, n)], n
+        if any(sequence.num_uncomputed_tokens > 1 for sequence in group.sequences):
+            return self._catch_up(group, draft)
+        return [(sequence, 1) for sequence in group.sequences], len(group.sequences)
+
+    def _catch_up(self, group: SequenceGroup, draft: Draft) -> tuple[list[Chunk], int]:
+        """Chunks of a group that was preempted by recomputation while it had several sequences.
+
+        Each is computed but for its last token, so that all draw their next one together, as a
+        beam search must.  One after the other, since each begins with the blocks that it shared
+        with an earlier one.
+        """
+        allowed = len(group.sequences) + draft.spare
+        chunks: list[Chunk] = []
+        for sequence in group.sequences:
+            if sequence.resume_from is not None:
+                if chunks:
+                    break  # what it shares is computed in this step, and can be shared after it
+                sibling, num_tokens = sequence.resume_from
+                self.manager.fork(sibling, sequence.seq_id, num_tokens)
+                sequence.num_computed_tokens = num_tokens
+                sequence.resume_from = None
+            n = min(sequence.num_uncomputed_tokens - 1, allowed)
+            if n > 0:
+                chunks.append((sequence, n))
+                allowed -= n
+        if not chunks:
+            return [(sequence, 1) for sequence in group.sequences], len(group.sequences)
+        num_tokens = sum(n for _, n in chunks)
+        draft.spare -= max(0, num_tokens - len(group.sequences))
+        return chunks, num_tokens
+
+    def _make_room(self, chunks: list[Chunk], position: int, draft: Draft) -> bool:
+        """Preempt the last groups until the chunks of running group `position` have blocks.
 
         Returns False if that group itself had to go, which can only be when it is the last.
         """
         manager = self.manager
-        needed = sum(manager.blocks_needed(sequence.seq_id, n) for sequence, n in chunks)
+        needed = manager.blocks_needed((sequence.seq_id, n) for sequence, n in chunks)
         while needed > manager.device.num_free:
             victim = self.running.pop()
-            preempt_by_recomputation(victim, manager)
-            self.waiting.appendleft(victim)
-            preempted.append(victim.request_id)
-            self.num_preemptions += 1
+            draft.swap_out += self.preemption.preempt(victim, manager)
+            insort(self.waiting, victim, key=self.policy)
+            draft.preempted.append(victim.request_id)
+            if victim.status is Status.SWAPPED:
+                draft.swapped.append(victim.request_id)
             if position == len(self.running):
                 return False
         return True
 
-    def _fits(self, group: SequenceGroup) -> bool:
-        """Whether free blocks suffice for all tokens the group has, though taken chunk by chunk."""
-        tokens = (len(sequence.token_ids) for sequence in group.sequences)
-        return sum(map(self.manager.blocks_for, tokens)) <= self.manager.device.num_free
+    def _admit(self, draft: Draft) -> None:
+        """Let waiting groups run, in order, until one does not fit."""
+        num_seats = sum(group.num_seats for group in self.running)
+        while self.waiting:
+            group = self.waiting[0]
+            num_seats += group.num_seats
+            # Whoever comes in needs one token for each sequence, like those who are in.
+            spare = draft.spare - len(group.sequences)
+            if num_seats > self.max_num_seqs or spare < 0:
+                break
+            if not (self._swap_in(group, draft) or self._begin(group)):
+                break
+            draft.spare = spare
+            group.status = Status.RUNNING
+            insort(self.running, self.waiting.pop(0), key=self.policy)
+            self._take_slots(self._next_chunks(group, draft)[0], draft)
 
-    def _take_slots(
-        self, chunks: list[Chunk], scheduled: list[ScheduledSequence], copies: list[BlockCopy]
-    ) -> None:
+    def _swap_in(self, group: SequenceGroup, draft: Draft) -> bool:
+        """Move a swapped group back if it fits."""
+        if group.status is not Status.SWAPPED:
+            return False
+        if self._blocks_to_catch_up(group) > self.manager.device.num_free:
+            return False
+        draft.swap_in += self.manager.swap_in([sequence.seq_id for sequence in group.sequences])
+        return True
+
+    def _begin(self, group: SequenceGroup) -> bool:
+        """Let a group without blocks begin if it fits; it takes its blocks chunk by chunk.
+
+        Cached blocks of its prefix are taken here.
+        """
+        if group.status is not Status.WAITING:
+            return False
+        manager, first = self.manager, group.sequences[0]
+        needed, free = self._blocks_to_catch_up(group), manager.device.num_free
+        if needed > free:
+            prefix = manager.cached_prefix(first.token_ids)
+            saved = sum(manager.device.ref_count(block) > 0 for block in prefix)
+            if needed - saved > free:
+                return False
+        first.num_computed_tokens = manager.adopt_prefix(first.seq_id, first.token_ids)
+        return True
+
+    def _blocks_to_catch_up(self, group: SequenceGroup) -> int:
+        """Device blocks that suffice for all tokens that a waiting group has."""
+        manager, sequences = self.manager, group.sequences
+        if manager.sliding_window is not None:
+            lengths = (len(sequence.token_ids) for sequence in sequences)
+            budget = self.max_num_batched_tokens
+            return sum(manager.most_blocks(length, budget) for length in lengths)
+        swapped = [s for s in sequences if s.seq_id in manager.tables]
+        needed = manager.num_blocks_held(s.seq_id for s in swapped)
+        needed += manager.blocks_needed((s.seq_id, s.num_uncomputed_tokens) for s in swapped)
+        for sequence in sequences:
+            if sequence.seq_id not in manager.tables:
+                _, shared = sequence.resume_from or (None, 0)
+                needed += manager.blocks_for(len(sequence.token_ids)) - manager.blocks_for(shared)
+        return needed
+
+    def _take_slots(self, chunks: list[Chunk], draft: Draft) -> None:
         """Take the slots for these chunks and add them to the plan."""
         manager = self.manager
         for sequence, n in chunks:
             copy = manager.append(sequence.seq_id, n)
             if copy is not None:
-                copies.append(copy)
+                draft.copies.append(copy)
             start = sequence.num_computed_tokens
             tokens = sequence.token_ids
-            scheduled.append(
+            draft.scheduled.append(
                 ScheduledSequence(
                     sequence.seq_id,
                     tuple(tokens[start : start + n]),
@@ -165,33 +312,23 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert, between two steps, that queues, statuses and block tables agree (T2, T6)."""
-        arrivals = [group.arrival for group in (*self.running, *self.waiting)]
-        assert arrivals == sorted(set(arrivals)), f"served out of order of arrival: {arrivals}"
+        for queue in (self.running, self.waiting):
+            keys = [self.policy(group) for group in queue]
+            assert keys == sorted(keys), f"served out of order: {queue}"
         tables = dict(self.manager.tables)
-        for group in self.running:
-            assert group.status is Status.RUNNING, repr(group)
-            for sequence in group.sequences:
-                table = tables.pop(sequence.seq_id)
+        for group in (*self.running, *self.waiting):
+            running, swapped = group.status is Status.RUNNING, group.status is Status.SWAPPED
+            assert running == (group in self.running), repr(group)
+            pool = self.manager.host if swapped else self.manager.device
+            for i, sequence in enumerate(group.sequences):
+                table = tables.pop(sequence.seq_id, None)
+                if table is None:  # it waits, for its turn or for its siblings (all or nothing)
+                    assert sequence.num_computed_tokens == 0, repr(group)
+                    assert i > 0 or not (running or swapped), repr(group)
+                    continue
+                assert running or swapped, f"{group} waits and holds {table}"
+                assert table.allocator is pool, f"{group} has {table} in the wrong pool"
                 assert table.num_tokens == sequence.num_computed_tokens, f"{sequence} but {table}"
-        for group in self.running[:-1]:
-            assert all(s.num_uncomputed_tokens == 1 for s in group.sequences), repr(group)
-        for group in self.waiting:
-            assert group.status is Status.WAITING, repr(group)
-            assert all(sequence.num_computed_tokens == 0 for sequence in group.sequences)
-        assert not tables, f"blocks held by sequences that do not run: {tables}"
-        assert sum(len(group.sequences) for group in self.running) <= self.max_num_seqs
+        assert not tables, f"blocks held by sequences that nobody serves: {tables}"
+        assert sum(group.num_seats for group in self.running) <= self.max_num_seqs
         self.manager.check_integrity()
-
-
-Chunk = tuple[Sequence, int]
-"""A sequence and how many of its next tokens a step computes."""
-
-
-def next_chunks(group: SequenceGroup, budget: int) -> tuple[list[Chunk], int]:
-    """The next tokens of every sequence of a group, as the budget allows, and their number."""
-    chunks, num_tokens = [], 0
-    for sequence in group.sequences:
-        n = min(len(sequence.token_ids) - sequence.num_computed_tokens, budget - num_tokens)
-        chunks.append((sequence, n))
-        num_tokens += n
-    return chunks, num_tokens

@@ -38,7 +38,9 @@ class StepPlan(NamedTuple):
     """What one step does, in this order: swap out, swap in, copy, then the forward pass.
 
     Each pair is (source, destination): device and host block, host and device block, and
-    two device blocks.  `preempted` names the requests that lost their blocks to this step.
+    two device blocks.
+    preempted: requests that lost their device blocks to this step.
+    swapped: those of them whose blocks moved to the host; the others will be recomputed.
     """
 
     scheduled: tuple[ScheduledSequence, ...] = ()
@@ -46,6 +48,7 @@ class StepPlan(NamedTuple):
     swap_in: tuple[BlockCopy, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     preempted: tuple[RequestId, ...] = ()
+    swapped: tuple[RequestId, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -54,8 +57,8 @@ class StepPlan(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to run."""
-        return not self.scheduled
+        """Whether there is nothing to do."""
+        return not self.scheduled and not self.swap_in and not self.swap_out
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in types that JSON knows."""
@@ -79,4 +82,5 @@ class StepPlan(NamedTuple):
             swap_in=tuple(BlockCopy(*pair) for pair in plan["swap_in"]),
             copies=tuple(BlockCopy(*pair) for pair in plan["copies"]),
             preempted=tuple(plan["preempted"]),
+            swapped=tuple(plan["swapped"]),
         )

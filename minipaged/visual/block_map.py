@@ -39,16 +39,10 @@ def letters(record_tables: tuple[TableRecord, ...]) -> dict[SequenceId, str]:
 def owners(record: StepRecord) -> dict[BlockId, list[TableRecord]]:
     """The tables that hold each used block; more than one where it is shared."""
     held: dict[BlockId, list[TableRecord]] = {}
-    for table in sorted(record.tables):
+    for table in sorted(record.device_tables):
         for block in table.blocks:
             held.setdefault(block, []).append(table)
     return held
-
-
-def filled_slots(table: TableRecord, block: BlockId, block_size: int) -> int:
-    """Tokens that this table has in one of its blocks."""
-    logical = table.blocks.index(block)
-    return min(block_size, table.num_tokens - logical * block_size)
 
 
 def pool_text(record: StepRecord, names: dict[SequenceId, str], width: int = 16) -> Text:
@@ -65,7 +59,7 @@ def pool_text(record: StepRecord, names: dict[SequenceId, str], width: int = 16)
             text.append(f" {FREE}  ", style="dim")
             continue
         first = held[block][0]
-        filled = filled_slots(first, block, record.block_size)
+        filled = first.filled_slots(block, record.block_size)
         level = LEVELS[max(0, -(-filled * len(LEVELS) // record.block_size) - 1)]
         shared = "+" if len(held[block]) > 1 else " "
         text.append(f"{names[first.seq_id]:>2}{level}{shared}", style=color(first.seq_id))
@@ -157,7 +151,7 @@ def plot_block_map(record: StepRecord, ax: Axes | None = None, columns: int = 16
         ax.add_patch(Rectangle((x, y), 0.92, 0.86, facecolor="white", **box))
         if block in held:
             table = held[block][0]
-            share = filled_slots(table, block, record.block_size) / record.block_size
+            share = table.filled_slots(block, record.block_size) / record.block_size
             i = order[table.seq_id]
             ax.add_patch(
                 Rectangle(

@@ -78,7 +78,7 @@ def _step(record: StepRecord, before: dict[SequenceId, TableRecord]) -> dict[str
         "waiting": list(record.waiting),
         "preempted": list(record.plan.preempted),
         "finished": record.finished,
-        "text": {request_id: text for request_id, text in record.new_text.items() if text},
+        "text": {str(seq_id): text for seq_id, text in record.new_text.items() if text},
         "used": record.num_used_blocks,
         "wasted": record.num_wasted_slots,
         "preemptions": record.num_preemptions,
