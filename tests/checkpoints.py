@@ -54,7 +54,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("MistralConfig", {**GROUPED, "sliding_window": None}),
-    "mistral-window": ("MistralConfig", {**GROUPED, "sliding_window": 128}),
+    "mistral-window": ("MistralConfig", {**GROUPED, "sliding_window": 11}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {**GROUPED, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
+    ),
     "qwen2": ("Qwen2Config", {**GROUPED, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 12}),
 }
@@ -104,3 +108,35 @@ def greedy(model: Any) -> Callable[..., Any]:
         return out[:, longest:].tolist()
 
     return generate
+
+
+def beams(model: Any) -> Callable[..., list[tuple[list[int], float]]]:
+    """A function that gives (output token ids, score) of the hypotheses of a beam search."""
+
+    def search(
+        prompt: list[int], options: dict[str, Any], ends: tuple[int, ...], max_tokens: int
+    ) -> list[tuple[list[int], float]]:
+        tokens = torch.tensor([prompt])
+        result = model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            num_beams=options["best_of"],
+            num_return_sequences=options["n"],
+            length_penalty=options.get("length_penalty", 1.0),
+            early_stopping=options.get("early_stopping", False),
+            min_new_tokens=options.get("min_tokens", 0),
+            max_new_tokens=max_tokens,
+            eos_token_id=list(ends),
+            pad_token_id=0,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        hypotheses = []
+        for row, score in zip(result.sequences.tolist(), result.sequences_scores, strict=True):
+            output = row[len(prompt) :]
+            length = next((i + 1 for i, t in enumerate(output) if t in ends), len(output))
+            hypotheses.append((output[:length], score.item()))
+        return hypotheses
+
+    return search

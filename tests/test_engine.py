@@ -88,6 +88,13 @@ def engine_of(**options):
         ([1] * 33, {"max_tokens": 1}, "may need 9 blocks of 4 tokens and the whole pool has 8"),
         ([1] * 30, {"max_tokens": 4}, "may need 9 blocks"),
         ("text", {}, "no tokenizer"),
+        ([1] * 9, {"n": 4, "max_tokens": 8}, "may need 10 blocks .* n or the beam width"),
+        ([1], {"n": 300, "max_tokens": 1, "best_of": 300}, "the whole pool has 8"),
+        (
+            [1],
+            {"best_of": 14, "use_beam_search": True, "temperature": 0},
+            "the beam width is 14 and the vocabulary has 13 tokens",
+        ),
     ],
 )
 def test_bad_requests_are_refused_and_harm_nobody(prompt, params, message):
@@ -101,6 +108,89 @@ def test_bad_requests_are_refused_and_harm_nobody(prompt, params, message):
         outputs = engine.step()
     assert outputs[0].request_id == "good"
     assert outputs[0].finished
+
+
+@pytest.mark.parametrize(
+    ("policy", "priority", "message"),
+    [
+        ("fcfs", -1, "priority is -1; it must be a whole number, and 0 is the most urgent"),
+        ("priority", 1.5, "priority is 1.5"),
+        ("fcfs", 1, "served first come, first served"),
+    ],
+)
+def test_bad_priorities(policy, priority, message):
+    engine = engine_of(policy=policy)
+    with pytest.raises(InvalidRequestError, match=message):
+        engine.add_request("a", [1], priority=priority)
+    assert not engine.has_unfinished_requests
+
+
+def test_a_prefix_cache_is_refused_with_a_sliding_window():
+    options = EngineOptions(block_size=4, num_blocks=8, enable_prefix_caching=True)
+    with pytest.raises(ConfigurationError, match="leave enable_prefix_caching off"):
+        build_engine(tiny_decoder(0, 8), None, options)
+
+
+def test_the_prompt_is_computed_once_and_its_blocks_are_shared():
+    """Figure 8: samples share all blocks; a shared last block is copied when it is written."""
+    engine, trace = engine_of(num_blocks=20), Trace()
+    engine.observers.append(trace)
+    engine.add_request("a", [1] * 10, SamplingParams(n=3, max_tokens=4, ignore_eos=True))
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+    prompt, second, third, last = trace.records
+    assert prompt.plan.num_tokens == 10
+    assert prompt.forks == ((0, 1), (0, 2))
+    # 0, 1 and 2: [b0, b1, b2], b2 holds two tokens
+    assert prompt.num_used_blocks == prompt.num_shared_blocks == 3
+    assert prompt.num_unshared_blocks == 9
+    assert len(second.plan.copies) == 2, "the last of three writes in place"
+    assert second.num_used_blocks == 5
+    assert third.plan.copies == last.plan.copies == ()
+    assert len({tuple(o.token_ids) for o in outputs[0].outputs}) > 1
+    assert [o.index for o in outputs[0].outputs] == [0, 1, 2]
+    used = sum(record.num_used_blocks for record in trace)
+    without = sum(record.num_unshared_blocks for record in trace)
+    assert trace.saved_by_sharing == pytest.approx(1 - used / without)
+    assert trace.num_copied_blocks == 2
+
+
+def test_best_of_returns_the_most_probable():
+    engine = engine_of(num_blocks=40)
+    params = {"max_tokens": 6, "seed": 3, "ignore_eos": True}
+    engine.add_request("all", [1, 2], SamplingParams(n=5, logprobs=0, **params))
+    engine.add_request("best", [1, 2], SamplingParams(n=2, best_of=5, **params))
+    done = {}
+    while engine.has_unfinished_requests:
+        done |= {o.request_id: o.outputs for o in engine.step() if o.finished}
+    ranked = sorted(done["all"], key=lambda o: -o.cumulative_logprob)
+    assert [o.token_ids for o in done["best"]] == [o.token_ids for o in ranked[:2]]
+    assert done["best"][0].cumulative_logprob == pytest.approx(ranked[0].cumulative_logprob)
+    assert done["best"][0].logprobs is None
+
+
+def test_a_known_prefix_is_not_computed_again():
+    engine = engine_of(num_blocks=20, enable_prefix_caching=True)
+    trace = Trace()
+    engine.observers.append(trace)
+    for i, prompt in enumerate([[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 10]]):
+        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=1))
+        engine.step()
+    assert [record.plan.num_tokens for record in trace] == [9, 1]
+    assert trace.records[-1].num_hit_tokens == 8
+    assert trace.records[-1].num_queried_tokens == 18
+    assert engine.scheduler.manager.device.num_used == 0
+    assert engine.scheduler.manager.device.num_cached == 2
+
+
+def test_a_window_serves_a_long_output_from_a_small_pool():
+    """60 tokens of a model that sees 5, where a whole context would need 15 blocks."""
+    options = EngineOptions(block_size=4, num_blocks=5, max_num_batched_tokens=8, max_num_seqs=4)
+    engine = build_engine(tiny_decoder(0, 5), None, options)
+    engine.add_request("a", [1, 2], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    while engine.has_unfinished_requests:
+        (output,) = engine.step()
+    assert len(output.outputs[0].token_ids) == 60
 
 
 def test_a_request_id_is_used_once_at_a_time():
@@ -123,10 +213,14 @@ def test_the_largest_request_that_fits_is_served():
     assert len(outputs[0].outputs[0].token_ids) == 3
 
 
-@pytest.mark.parametrize(("num_blocks", "prompt", "expected"), [(8, 30, 3), (99, 30, 34)])
-def test_without_max_tokens_pool_and_context_are_the_limit(num_blocks, prompt, expected):
+@pytest.mark.parametrize(
+    ("num_blocks", "prompt", "n", "expected"),
+    # 30 tokens fill 7 blocks, which 3 samples share: 7 more are 2 for each, up to 36 tokens
+    [(8, 30, 1, 3), (99, 30, 1, 34), (14, 30, 3, 7), (99, 30, 3, 34)],
+)
+def test_without_max_tokens_pool_and_context_are_the_limit(num_blocks, prompt, n, expected):
     engine = engine_of(num_blocks=num_blocks)
-    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    params = SamplingParams(n=n, max_tokens=None, ignore_eos=True, temperature=0 if n == 1 else 1)
     engine.add_request("a", [1] * prompt, params)
     while engine.has_unfinished_requests:
         outputs = engine.step()
@@ -199,6 +293,13 @@ def test_records_follow_the_cache():
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "below max_num_seqs 9"),
         ({"attention": "flash"}, "no attention 'flash'"),
         ({"num_blocks": None, "kv_cache_gib": 1e-7}, "raise kv_cache_gib or lower block_size"),
+        ({"max_num_seqs": 1, "max_num_batched_tokens": 3}, "is 3, below block_size 4"),
+        ({"max_num_seqs": 1, "max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
+        ({"preemption": "swap", "swap_space_gib": 0}, "swap_space_gib is 0, below one block"),
+        ({"preemption": "swap", "swap_space_gib": -1}, "swap_space_gib is -1"),
+        ({"preemption": "later"}, "preemption is 'later'"),
+        ({"policy": "lifo"}, "no scheduling policy 'lifo'"),
+        ({"prefix_cache_seed": -1, "enable_prefix_caching": True}, "prefix_cache_seed is -1"),
     ],
 )
 def test_bad_options(options, message):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from checkpoints import VARIANTS, greedy, write_checkpoint
+from checkpoints import VARIANTS, beams, greedy, write_checkpoint
 
 from minipaged.attention.contiguous import contiguous_attention
 from minipaged.engine.builder import EngineOptions, build_engine
@@ -37,8 +37,52 @@ def test_logits(pair):
     decoder, theirs = pair
     for prompt in prompts_of([1, 2, 17, 100]):
         tokens = torch.tensor(prompt)
-        ours = decoder(tokens, torch.arange(len(prompt)), ContiguousCache().attend)
+        cache = ContiguousCache(decoder.config.sliding_window)
+        ours = decoder(tokens, torch.arange(len(prompt)), cache.attend)
         torch.testing.assert_close(ours, theirs(tokens[None]).logits[0], rtol=0, atol=1e-4)
+
+
+BEAMS = [
+    {"best_of": 4, "n": 4},
+    {"best_of": 3, "n": 2, "length_penalty": 0.0, "early_stopping": "never"},
+    {"best_of": 2, "n": 1, "length_penalty": 2.0, "early_stopping": True},
+    {"best_of": 5, "n": 5, "length_penalty": -0.5},
+    {"best_of": 3, "n": 3, "length_penalty": 1.5, "early_stopping": "never", "min_tokens": 6},
+]
+
+
+def test_beam_search(pair):
+    """Hypothesis for hypothesis and score for score, all searches in one batch of ours."""
+    decoder, theirs = pair
+    prompts = prompts_of([4, 21, 1, 9, 14], seed=2)
+    # Tokens that come up, so that hypotheses of different lengths are complete.
+    ends = tuple(sorted({*greedy(theirs)(prompts, 12)[0][7::2], 2}))
+    options = EngineOptions(
+        block_size=2,
+        num_blocks=84 if decoder.config.sliding_window else 66,
+        max_num_batched_tokens=30,
+        max_num_seqs=20,
+        preemption="swap",
+    )
+    engine = build_engine(decoder, None, options)
+    engine.eos_token_ids = ends
+    for i, (prompt, search) in enumerate(zip(prompts, BEAMS, strict=True)):
+        params = SamplingParams(temperature=0, max_tokens=24, use_beam_search=True, **search)
+        engine.add_request(str(i), prompt, params)
+    done = {}
+    while engine.has_unfinished_requests:
+        done |= {o.request_id: o.outputs for o in engine.step() if o.finished}
+        engine.check_integrity()
+    lengths = set()
+    for i, (prompt, search) in enumerate(zip(prompts, BEAMS, strict=True)):
+        expected = beams(theirs)(prompt, search, ends, 24)
+        assert [output.token_ids for output in done[str(i)]] == [tokens for tokens, _ in expected]
+        scores = torch.tensor([output.score for output in done[str(i)]])
+        torch.testing.assert_close(
+            scores, torch.tensor([score for _, score in expected]), rtol=0, atol=1e-4
+        )
+        lengths |= {len(tokens) for tokens, _ in expected}
+    assert len(lengths) > 1
 
 
 def test_64_greedy_tokens_of_a_batch(pair):
@@ -53,7 +97,8 @@ def test_64_greedy_tokens_of_a_batch(pair):
     done = {}
     while engine.has_unfinished_requests:
         done |= {o.request_id: o.outputs[0].token_ids for o in engine.step() if o.finished}
-    assert engine.scheduler.num_preemptions > 0
+    if decoder.config.sliding_window is None:
+        assert engine.scheduler.num_preemptions > 0
     assert [done[str(i)] for i in range(5)] == greedy(theirs)(prompts, 64)
 
 

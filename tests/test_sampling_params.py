@@ -56,3 +56,48 @@ def test_stop_may_be_one_string_or_several():
 
 def test_limits_themselves_are_allowed():
     SamplingParams(temperature=0, top_k=-1, top_p=1, min_p=1, max_tokens=1, logprobs=0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, r"n is 0; it must lie in \[1, inf\)"),
+        ({"n": -2}, "n is -2"),
+        ({"n": 1.5}, "n is 1.5; it must be a whole number"),
+        ({"best_of": 0}, "best_of is 0"),
+        ({"n": 3, "best_of": 2}, "best_of is 2, below n 3; raise it or lower n"),
+        ({"n": 2, "temperature": 0}, "temperature is 0 and 2 outputs are asked for"),
+        ({"use_beam_search": True, "n": 2}, "temperature is 1.0 with beam search"),
+        ({"length_penalty": 2.0}, "mean something to beam search only"),
+        ({"early_stopping": True}, "mean something to beam search only"),
+    ],
+)
+def test_numbers_of_outputs(options, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        SamplingParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"early_stopping": "soon"}, "early_stopping is 'soon'"),
+        ({"length_penalty": float("inf")}, "length_penalty is inf"),
+        ({"top_k": 5}, "top_k is 5 with beam search"),
+        ({"top_p": 0.9}, "top_p is 0.9 with beam search"),
+        ({"min_p": 0.1}, "min_p is 0.1 with beam search"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty is 1.2 with beam search"),
+        ({"presence_penalty": 0.2}, "presence_penalty is 0.2 with beam search"),
+        ({"stop": "\n"}, "stop is .* with beam search, .* set it to"),
+    ],
+)
+def test_what_beam_search_does_not_know(options, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        SamplingParams(use_beam_search=True, temperature=0, n=2, **options)
+
+
+def test_widths():
+    assert SamplingParams(n=3).width == 3
+    assert SamplingParams(n=2, best_of=5).width == 5
+    assert not SamplingParams(n=3).is_ranked
+    assert SamplingParams(n=2, best_of=5).is_ranked
+    assert SamplingParams(n=1, use_beam_search=True, temperature=0).is_ranked

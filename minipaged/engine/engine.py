@@ -101,6 +101,11 @@ class Engine:
             )
         params = params or SamplingParams()
         self._check_priority(priority)
+        if params.use_beam_search and params.width > self.vocab_size:
+            raise InvalidRequestError(
+                f"the beam width is {params.width} and the vocabulary has {self.vocab_size} tokens "
+                "for the first step to choose from; lower best_of or n"
+            )
         token_ids = self._tokens(prompt, params)
         max_tokens = self._max_tokens(len(token_ids), params)
         arrival = self._num_requests
@@ -201,10 +206,13 @@ class Engine:
         room = self.context_length - num_prompt_tokens
         if params.max_tokens is not None:
             return min(params.max_tokens, room)
-        # Without a wish the pool is a limit too, though the prompt has to fit.
         manager = self.scheduler.manager
-        pool = manager.device.num_blocks * manager.block_size
-        return max(1, min(room, pool + 1 - num_prompt_tokens))
+        if manager.sliding_window is not None:
+            return room
+        # Without a wish the pool is a limit too.  The full blocks of the prompt are shared.
+        shared = num_prompt_tokens // manager.block_size
+        each = shared + max(0, manager.device.num_blocks - shared) // params.width
+        return max(1, min(room, each * manager.block_size + 1 - num_prompt_tokens))
 
     def _random_key(self, arrival: int, params: SamplingParams, index: int) -> tuple[int, ...]:
         """Of the random stream of a request's output number `index`."""

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from minipaged.errors import ConfigurationError
 from minipaged.memory.block_allocator import BlockId
 
 PrefixHash = bytes
@@ -40,6 +41,11 @@ class PrefixCache:
     """
 
     def __init__(self, block_size: int, seed: int | None = None) -> None:
+        if seed is not None and not 0 <= seed < 2**128:
+            raise ConfigurationError(
+                f"prefix_cache_seed is {seed}; it must be a whole number from 0 to 2**128 - 1, "
+                "or None to draw a secret one"
+            )
         self.block_size = block_size
         self._key = secrets.token_bytes(16) if seed is None else seed.to_bytes(16, "little")
         self._entries: dict[PrefixHash, Entry] = {}
