@@ -41,17 +41,18 @@ def test_every_block_stands_in_the_grid_once_with_its_owner(workload):
         for block, cell in enumerate(cells):
             owners = [t for t in sorted(step.device_tables) if block in t.blocks]
             if not owners:
-                assert cell.strip() == bm.FREE
+                assert cell.strip() == (bm.CACHED if block in step.cached_blocks else bm.FREE)
             else:
                 assert names[owners[0].seq_id] in cell
+                assert cell.endswith(str(len(owners)) if len(owners) > 1 else " ")
                 filled = owners[0].filled_slots(block, step.block_size)
                 assert (bm.LEVELS[-1] in cell) == (filled * 8 > 7 * step.block_size)
 
 
 def test_a_shared_block_is_marked():
     text = str(bm.pool_text(shared_record(), bm.letters(shared_record().tables)))
-    assert "A█+" in text
-    assert text.count("+") == 1
+    assert "A█2" in text  # its reference count
+    assert text.count("2") == 1
     assert shared_record().num_used_blocks == 3
     assert shared_record().num_wasted_slots == 2 + 3
 

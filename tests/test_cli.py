@@ -53,6 +53,24 @@ def test_the_same_seed_gives_the_same_text():
     assert lines[0] == lines[1] != lines[2]
 
 
+def test_samples_and_beams_with_all_of_it():
+    """Sharing, swapping and the prefix cache in one run, and what the summary says of them."""
+    prompts = [f"ROMEO: what light is it that breaks? {name}:" for name in ("JULIET", "NURSE")]
+    common = ("--num-blocks", 14, "--max-tokens", 60, "--preemption", "swap", "--prefix-cache")
+    done = run("generate", *prompts, *common, "-n", 3, "--ignore-eos")
+    assert done.returncode == 0, done.stderr
+    for label in ("[0.0]", "[0.2]", "[1.1]"):
+        assert f"{label} ROMEO: what light" in done.stdout
+    for words in ("blocks shared at most", "of the blocks saved by", "copied on", "swapping:"):
+        assert words in done.stdout
+    assert "prefix cache: " in done.stdout
+    assert done.stdout.count("complete") == 6
+    done = run("generate", prompts[0], "--beam-search", "-n", 2, "--best-of", 4, *common)
+    assert done.returncode == 0, done.stderr
+    assert "[0.1] ROMEO: what light" in done.stdout
+    assert "dropped" in done.stdout
+
+
 def test_prompts_from_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("ROMEO:\n\nJULIET:\n")
@@ -79,6 +97,11 @@ def test_prompts_from_a_file(tmp_path):
         (["generate", "x", "--model", "."], "has no config.json"),
         (["generate", "x", "--prompts", "no-such-file"], "--prompts no-such-file cannot be read"),
         (["generate", "x", "--trace-html", "no-such-dir/t.html"], "does not exist"),
+        (["generate", "x", "--n", 0], "n is 0"),
+        (["generate", "x", "--n", 3, "--best-of", 2], "best_of is 2, below n 3"),
+        (["generate", "x", "--n", 2, "--temperature", 0], "use beam search"),
+        (["generate", "x", "--preemption", "swap", "--swap-gib", 0], "swap_space_gib is 0"),
+        (["generate", "x", "--preemption", "kill"], "preemption is 'kill'"),
         (["chat", "--model", "tiny"], "tiny has no chat template"),
         (["bench", "throughput", "--requests", "no-such-file"], "no-such-file cannot be read"),
         (["bench", "throughput", "--against", "vllm"], "--against vllm is unknown"),

@@ -37,9 +37,14 @@ def test_the_data_are_the_records(workload):
     assert len(data["steps"]) == len(trace)
     for step, rec in zip(data["steps"], trace, strict=True):
         now = {}
-        for seq, tokens, kept, *new in step["tables"]:
-            now[seq] = ((*before.get(seq, ((), 0))[0][:kept], *new), tokens)
-        assert now == {t.seq_id: (t.blocks, t.num_tokens) for t in rec.tables}
+        for seq, tokens, kept, dropped, host, *new in step["tables"]:
+            blocks = (*before.get(seq, ((),))[0][:kept], *new)
+            now[seq] = blocks, tokens, dropped, bool(host)
+        assert now == {
+            t.seq_id: (t.blocks, t.num_tokens, t.num_dropped, t.on_host) for t in rec.tables
+        }
+        assert step["shared"] == rec.num_shared_blocks
+        assert [tuple(pair) for pair in step["swap_out"]] == list(rec.plan.swap_out)
         assert step["used"] == rec.num_used_blocks
         assert step["wasted"] == rec.num_wasted_slots
         assert step["preempted"] == list(rec.plan.preempted)
@@ -56,9 +61,9 @@ def test_nothing_is_loaded_from_elsewhere():
 
 def test_hostile_text_is_data():
     trace = Trace()
-    trace(shared_record()._replace(new_text={"x": HOSTILE}))
+    trace(shared_record()._replace(new_text={0: HOSTILE}))
     page = trace_html(trace, title="<b>&")
-    assert data_of(page)["steps"][0]["text"]["x"] == HOSTILE
+    assert data_of(page)["steps"][0]["text"]["0"] == HOSTILE
     assert HOSTILE not in page
     assert page.count("</script>") == 2
     assert "<title>&lt;b&gt;&amp;</title>" in page

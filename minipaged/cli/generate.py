@@ -19,8 +19,11 @@ from minipaged.cli.options import (
     MaxTokensOption,
     ModelOption,
     NumBlocksOption,
+    PreemptionOption,
+    PrefixOption,
     SeedOption,
     SeqsOption,
+    SwapOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
@@ -46,6 +49,14 @@ def generate(
     temperature: TemperatureOption = 0.8,
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
+    n: Annotated[int, typer.Option("-n", "--n", help="outputs per prompt")] = 1,
+    best_of: Annotated[
+        int | None, typer.Option(help="outputs to draw, or beams to keep, for the n returned")
+    ] = None,
+    beam_search: Annotated[
+        bool, typer.Option("--beam-search", help="search; the temperature is 0 then")
+    ] = False,
+    length_penalty: Annotated[float, typer.Option(help="of a beam search")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="text that ends an output")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="never end early")] = False,
     seed: SeedOption = 0,
@@ -54,11 +65,15 @@ def generate(
     num_blocks: NumBlocksOption = None,
     max_num_seqs: SeqsOption = 256,
     max_num_batched_tokens: BudgetOption = None,
+    preemption: PreemptionOption = "recompute",
+    swap_gib: SwapOption = None,
+    prefix_cache: PrefixOption = False,
     attention: AttentionOption = "torch",
 ) -> None:
     """Complete one or several prompts and show where their blocks lay."""
     from minipaged.engine.trace import Trace
     from minipaged.request.sampling_params import SamplingParams
+    from minipaged.visual.beam_tree import beam_tree
     from minipaged.visual.block_map import run_summary
 
     texts = [*(prompts or []), *_read_prompts(prompt_file)]
@@ -69,12 +84,16 @@ def generate(
             f"--trace-html {trace_html} lies in a directory that does not exist; make it first"
         )
     params = SamplingParams(
-        temperature=temperature,
+        temperature=0 if beam_search else temperature,
         top_k=top_k,
         top_p=top_p,
         max_tokens=max_tokens,
         stop=stop or (),
         ignore_eos=ignore_eos,
+        n=n,
+        best_of=best_of,
+        use_beam_search=beam_search,
+        length_penalty=length_penalty,
     )
     engine = _load(
         model,
@@ -83,6 +102,9 @@ def generate(
         num_blocks=num_blocks,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        preemption=preemption,
+        swap_space_gib=swap_gib,
+        enable_prefix_caching=prefix_cache,
         attention=attention,
         seed=seed,
     )
@@ -100,6 +122,9 @@ def generate(
     if trace.records:
         console.print()
         console.print(run_summary(trace))
+        for request_id, name in names.items() if params.width > 1 else ():
+            console.print()
+            console.print(beam_tree(trace, request_id, name))
     if trace_html is not None:
         from minipaged.visual.trace_page import write_trace_html
 
@@ -126,7 +151,10 @@ def chat(
     num_blocks: NumBlocksOption = None,
     attention: AttentionOption = "torch",
 ) -> None:
-    """Talk to a model that has a chat template.  An empty line or end of file ends it."""
+    """Talk to a model that has a chat template.  An empty line or end of file ends it.
+
+    What was said before is found in the prefix cache at every turn.
+    """
     from minipaged.request.sampling_params import SamplingParams
 
     params = SamplingParams(
@@ -139,6 +167,7 @@ def chat(
         num_blocks=num_blocks,
         attention=attention,
         max_num_seqs=1,
+        enable_prefix_caching=True,
         seed=seed,
     )
     if engine.tokenizer is None or engine.tokenizer.chat_template is None:

@@ -17,6 +17,13 @@ NumBlocksOption = Annotated[
 ]
 SeqsOption = Annotated[int, typer.Option(help="sequences that run at a time")]
 BudgetOption = Annotated[int | None, typer.Option(help="tokens computed per step")]
+PrefixOption = Annotated[
+    bool, typer.Option("--prefix-cache/--no-prefix-cache", help="share blocks of equal prefixes")
+]
+PreemptionOption = Annotated[str, typer.Option(help="recompute, swap or auto")]
+SwapOption = Annotated[
+    float | None, typer.Option("--swap-gib", help="memory to swap to; the pool's size if left out")
+]
 AttentionOption = Annotated[str, typer.Option(help="attention backend")]
 SeedOption = Annotated[int, typer.Option(help="of the random streams")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figures to a file")]

@@ -81,7 +81,10 @@ class Engine:
         self._num_sequences = 0
         self._requests: dict[RequestId, RequestState] = {}
         self._by_sequence: dict[SequenceId, RequestState] = {}
-        self._forks: list[tuple[SequenceId, SequenceId]] = []  # of the running step
+        # What became of sequences in the running step, for observers.
+        self._forks: list[tuple[SequenceId, SequenceId]] = []
+        self._completed: list[SequenceId] = []
+        self._ended: list[SequenceId] = []
 
     def add_request(
         self,
@@ -145,14 +148,19 @@ class Engine:
         tokens = self._draw(growing, logits)
         sampled = time.perf_counter()
         new_text = {c.sequence.seq_id: c.append(token) for c, token in tokens}
+        self._completed += [c.sequence.seq_id for c, _ in tokens if c.finish_reason is not None]
         for state in states:
             state.retire()
         outputs = [state.output() for state in states]
         end = time.perf_counter()
         self.timings.add(planned - start, computed - planned, sampled - computed, end - sampled)
         if self.observers:
+            for state in states:
+                ids = (sequence.seq_id for sequence in state.group.sequences)
+                self._ended += [seq_id for seq_id in ids if seq_id not in state.growing]
             self._observe(plan, end - start, states, new_text)
-        self._forks.clear()
+        for events in (self._forks, self._completed, self._ended):
+            events.clear()
         self.num_steps += 1
         for state in states:
             self._let_go(state)
@@ -296,6 +304,7 @@ class Engine:
             hypothesis = beam.fork(beam.sequence.fork(-1))  # it is complete and needs no blocks
             hypothesis.append(_beam_token(search, candidate))
             state.complete(hypothesis, candidate.cumulative_logprob)
+            self._completed.append(beam.sequence.seq_id)
         if not running:
             state.growing.clear()
             return []
@@ -318,8 +327,9 @@ class Engine:
         ]
 
     def _drop(self, state: RequestState, completion: Completion) -> None:
-        """Free the blocks of an output that does not go on, while others of its request do."""
-        state.growing.pop(completion.sequence.seq_id, None)
+        """Free the blocks of a beam that does not go on, while others of its request do."""
+        del state.growing[completion.sequence.seq_id]
+        self._ended.append(completion.sequence.seq_id)
         self.scheduler.drop(state.group, completion.sequence)
         del self._by_sequence[completion.sequence.seq_id]
 
@@ -388,7 +398,9 @@ class Engine:
             forks=tuple(self._forks),
             num_swaps=scheduler.preemption.num_swaps,
             num_host_blocks=manager.host.num_blocks,
-            num_cached_blocks=manager.device.num_cached,
+            completed=tuple(self._completed),
+            ended=tuple(self._ended),
+            cached_blocks=tuple(manager.device.cached_blocks),
             num_hit_tokens=cache.num_hit_tokens if cache is not None else 0,
             num_queried_tokens=cache.num_queried_tokens if cache is not None else 0,
         )

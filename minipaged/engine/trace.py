@@ -47,7 +47,10 @@ class StepRecord(NamedTuple):
     finished: requests that ended in this step and why.
     forks: (parent, child) of the sequences that began in this step.
     num_preemptions, num_swaps: since the engine started; a swap is one kind of preemption.
-    num_cached_blocks: free blocks whose contents the prefix cache can find again.
+    completed: sequences whose output became complete; of a beam search, beams behind which a
+        hypothesis did.
+    ended: sequences that have no place in the next step: complete, or beams that dropped out.
+    cached_blocks: free blocks whose contents the prefix cache can find again.
     num_hit_tokens, num_queried_tokens: of prompts, found in the prefix cache and looked for.
     """
 
@@ -65,7 +68,9 @@ class StepRecord(NamedTuple):
     forks: tuple[tuple[SequenceId, SequenceId], ...] = ()
     num_swaps: int = 0
     num_host_blocks: int = 0
-    num_cached_blocks: int = 0
+    completed: tuple[SequenceId, ...] = ()
+    ended: tuple[SequenceId, ...] = ()
+    cached_blocks: tuple[BlockId, ...] = ()
     num_hit_tokens: int = 0
     num_queried_tokens: int = 0
 
@@ -160,13 +165,18 @@ class Trace:
         return sum(len(plan.swap_out) for plan in plans), sum(len(plan.swap_in) for plan in plans)
 
     def last_tables(self) -> dict[SequenceId, TableRecord]:
-        """The longest table each sequence ever had, which is the one before it was freed."""
+        """The longest table each sequence ever had, which is the one before it was freed.
+
+        Beams that dropped out on the way are left out.
+        """
         tables: dict[SequenceId, TableRecord] = {}
         for record in self.records:
             for table in record.tables:
-                if (
-                    table.seq_id not in tables
-                    or table.num_tokens >= tables[table.seq_id].num_tokens
-                ):
+                before = tables.get(table.seq_id)
+                if before is None or table.num_tokens >= before.num_tokens:
                     tables[table.seq_id] = table
+            for seq_id in record.ended:
+                in_time = seq_id in tables and tables[seq_id].request_id in record.finished
+                if seq_id not in record.completed and not in_time:
+                    tables.pop(seq_id, None)
         return tables

@@ -49,6 +49,11 @@ class BlockAllocator:
         return len(self._cached)
 
     @property
+    def cached_blocks(self) -> list[BlockId]:
+        """Those blocks, in the order in which they would be given away."""
+        return list(self._cached)
+
+    @property
     def num_used(self) -> int:
         """Blocks that somebody holds; a shared block counts once."""
         return self.num_blocks - self.num_free

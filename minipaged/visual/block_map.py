@@ -1,4 +1,4 @@
-"""The block map: which physical block belongs to whom, and how full it is.
+"""The block map: which physical block belongs to whom, how full it is, who shares it.
 
 One text for the terminal, one matplotlib figure for notebooks and the README.  Both show
 the state at the end of one step, as the record of that step has it.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
 LEVELS = "▁▂▃▄▅▆▇█"
 FREE = "·"
+CACHED = "∘"
 MOST_BLOCKS = 512  # shown one by one
 MOST_ENTRIES = 12  # of a block table, before its middle is left out
 PAPER = "systems before PagedAttention kept token states in 20.4 % to 38.2 % of the memory (fig. 2)"
@@ -46,8 +47,8 @@ def owners(record: StepRecord) -> dict[BlockId, list[TableRecord]]:
 
 
 def pool_text(record: StepRecord, names: dict[SequenceId, str], width: int = 16) -> Text:
-    """The pool as a grid: the owner's name and how full the block is; shared ones show +."""
-    held = owners(record)
+    """The pool as a grid: the owner's name, how full the block is, and how many share it."""
+    held, cached = owners(record), frozenset(record.cached_blocks)
     blocks = range(record.num_blocks)
     if record.num_blocks > MOST_BLOCKS:
         blocks = sorted(held)[:MOST_BLOCKS]  # type: ignore[assignment]
@@ -56,12 +57,13 @@ def pool_text(record: StepRecord, names: dict[SequenceId, str], width: int = 16)
         if place % width == 0:
             text.append(f"\n{block:6}  " if place else f"{block:6}  ", style="dim")
         if block not in held:
-            text.append(f" {FREE}  ", style="dim")
+            text.append(f" {CACHED if block in cached else FREE}  ", style="dim")
             continue
         first = held[block][0]
         filled = first.filled_slots(block, record.block_size)
         level = LEVELS[max(0, -(-filled * len(LEVELS) // record.block_size) - 1)]
-        shared = "+" if len(held[block]) > 1 else " "
+        count = len(held[block])  # the reference count
+        shared = " " if count == 1 else str(count) if count < 10 else "+"
         text.append(f"{names[first.seq_id]:>2}{level}{shared}", style=color(first.seq_id))
     if len(blocks) < record.num_blocks:
         text.append(f"\n        only used blocks are shown, of {record.num_blocks}", style="dim")
@@ -80,11 +82,38 @@ def table_text(table: TableRecord, name: str, block_size: int) -> Text:
         left_out = len(entries) - MOST_ENTRIES
         half = MOST_ENTRIES // 2
         entries = [*entries[:half], f"… {left_out} more …", *entries[-half:]]
-    last = table.num_tokens - (len(table.blocks) - 1) * block_size
+    if table.num_dropped:
+        entries.insert(0, f"{table.num_dropped} out of the window")
+    last = table.filled_slots(table.blocks[-1], block_size) if table.blocks else 0
+    where = "host " if table.on_host else ""
     text = Text(f"{name:>2}  ", style=color(table.seq_id))
-    text.append(f"request {table.request_id}  [{', '.join(entries)}]", style="default")
+    text.append(f"request {table.request_id}  {where}[{', '.join(entries)}]", style="default")
     text.append(f"  last block {last}/{block_size} full", style="dim")
     return text
+
+
+def sharing_text(trace: Trace) -> Text:
+    """What was shared, copied, swapped and found again in a run; empty if nothing was."""
+    last, parts = trace.records[-1], []
+    shared = max(record.num_shared_blocks for record in trace)
+    if shared:
+        parts.append(
+            f"{shared} blocks shared at most, {trace.saved_by_sharing:.1%} of the blocks saved by "
+            f"sharing, {trace.num_copied_blocks} copied on write"
+        )
+    out, back = trace.num_swapped_blocks
+    if out:
+        parts.append(
+            f"{last.num_swaps} preemptions by swapping: {out} blocks moved to the host, "
+            f"{back} moved back"
+        )
+    if last.num_queried_tokens:
+        share = last.num_hit_tokens / last.num_queried_tokens
+        parts.append(
+            f"prefix cache: {last.num_hit_tokens} of {last.num_queried_tokens} tokens found "
+            f"({share:.1%}), {len(last.cached_blocks)} free blocks remembered at the end"
+        )
+    return Text("\n".join(parts))
 
 
 def waste_text(record: StepRecord) -> Text:
@@ -108,10 +137,12 @@ def run_summary(trace: Trace) -> Group:
     record = trace.fullest
     last = tuple(trace.last_tables().values())
     names = letters(last)
+    sharing = sharing_text(trace)
     return Group(
         Text(
             f"Block map at step {record.step}, the fullest of {len(trace)} "
-            f"(a cell is a block of {record.block_size} tokens: owner, how full; {FREE} free)",
+            f"(a cell is a block of {record.block_size} tokens: owner, how full, how many share "
+            f"it; {FREE} free, {CACHED} free and cached)",
             style="bold",
         ),
         pool_text(record, names),
@@ -126,7 +157,13 @@ def run_summary(trace: Trace) -> Group:
             f"{trace.mean_waste:.1%} wasted over the whole run, preemptions: "
             f"{trace.records[-1].num_preemptions}; {PAPER}"
         ),
+        *([sharing] if sharing else []),
     )
+
+
+def logical_index(table: TableRecord, block: BlockId) -> int:
+    """Which logical block of the sequence this physical block is."""
+    return table.num_dropped + table.blocks.index(block)
 
 
 def plot_block_map(record: StepRecord, ax: Axes | None = None, columns: int = 16) -> Axes:
@@ -163,8 +200,11 @@ def plot_block_map(record: StepRecord, ax: Axes | None = None, columns: int = 16
                     **box,
                 )
             )
-            labels = [f"{names[t.seq_id]}{t.blocks.index(block)}" for t in held[block]]
+            labels = [f"{names[t.seq_id]}{logical_index(t, block)}" for t in held[block][:3]]
             ax.text(x + 0.46, y + 0.36, ",".join(labels), ha="center", va="center", fontsize=9)
+            if len(held[block]) > 1:
+                count = f"{len(held[block])}x"  # the reference count
+                ax.text(x + 0.9, y + 0.8, count, fontsize=7, weight="bold", ha="right", va="bottom")
         ax.text(x + 0.05, y + 0.8, str(block), fontsize=6, color="0.35", va="bottom")
     ax.set_xlim(-0.1, columns)
     ax.set_ylim(rows, -0.1)

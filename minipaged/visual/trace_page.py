@@ -62,6 +62,7 @@ def trace_data(trace: Trace, title: str) -> dict[str, Any]:
         "title": title,
         "block_size": first.block_size,
         "num_blocks": first.num_blocks,
+        "num_host_blocks": first.num_host_blocks,
         "sequences": [[seq_id, sequences[seq_id]] for seq_id in sorted(sequences)],
         "steps": steps,
     }
@@ -77,6 +78,15 @@ def _step(record: StepRecord, before: dict[SequenceId, TableRecord]) -> dict[str
         "running": list(record.running),
         "waiting": list(record.waiting),
         "preempted": list(record.plan.preempted),
+        "swapped": list(record.plan.swapped),
+        "swap_out": record.plan.swap_out,
+        "swap_in": record.plan.swap_in,
+        "copies": record.plan.copies,
+        "forks": record.forks,
+        "dropped": [seq_id for seq_id in record.ended if seq_id not in record.completed],
+        "ended": record.ended,
+        "cached": record.cached_blocks,
+        "shared": record.num_shared_blocks,
         "finished": record.finished,
         "text": {str(seq_id): text for seq_id, text in record.new_text.items() if text},
         "used": record.num_used_blocks,
@@ -87,9 +97,13 @@ def _step(record: StepRecord, before: dict[SequenceId, TableRecord]) -> dict[str
 
 
 def _change(table: TableRecord, before: TableRecord | None) -> list[int]:
-    """[sequence, tokens, blocks kept from the step before, new blocks ...]."""
-    old = before.blocks if before is not None else ()
+    """[sequence, tokens, blocks kept from the step before, blocks dropped, host, new blocks ...].
+
+    Host is 1 while the blocks are those of the host pool.
+    """
+    old = before.blocks if before is not None and before.on_host == table.on_host else ()
     kept = 0
     while kept < min(len(old), len(table.blocks)) and old[kept] == table.blocks[kept]:
         kept += 1
-    return [table.seq_id, table.num_tokens, kept, *table.blocks[kept:]]
+    new = table.blocks[kept:]
+    return [table.seq_id, table.num_tokens, kept, table.num_dropped, int(table.on_host), *new]
