@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from minipaged.memory.block_manager import BlockManager
 
@@ -16,6 +16,14 @@ settings.register_profile("laptop", max_examples=50, **_common)
 # CI draws the same examples every time: a failure there is a failure everywhere.
 settings.register_profile("ci", max_examples=150, derandomize=True, **_common)
 settings.register_profile("thorough", max_examples=3000, **_common)
+# For planted bugs: it is enough to know that an example fails, not to find the smallest.
+settings.register_profile(
+    "planted",
+    max_examples=150,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    **_common,
+)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "laptop")
 )

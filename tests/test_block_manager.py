@@ -43,10 +43,22 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert self.manager.host.num_blocks <= num_blocks, "there is never more to swap"
         self.device, self.host = {}, {}  # slot -> prefix
         self.history = {}  # sequence -> its tokens
+        self.root = {}  # sequence -> the first of its group
         self.count = 0
 
     def pick(self, index):
         return list(self.history)[index % len(self.history)]
+
+    def family(self, index):
+        """A sequence and all that were forked from it or together with it: a sequence group."""
+        seq = self.pick(index)
+        return [other for other in self.history if self.root[other] == self.root[seq]]
+
+    def begin(self, tokens, root=None):
+        self.count += 1
+        self.history[self.count] = list(tokens)
+        self.root[self.count] = self.count if root is None else root
+        return self.count
 
     def scratch(self, block):
         for offset in range(self.manager.block_size):
@@ -63,40 +75,49 @@ class BlockManagerMachine(RuleBasedStateMachine):
         table = self.manager.tables.get(seq)
         return table is not None and table.allocator is self.manager.host
 
-    @rule()
-    def new_sequence(self):
-        self.count += 1
-        self.history[self.count] = []
-
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
-    def new_sequence_with_a_known_prefix(self, tokens):
-        self.count += 1
-        known = self.manager.cached_prefix(tokens)
-        device = self.manager.device
+    def new_sequence(self, tokens):
+        """It begins with what the prefix cache knows, if there is one, and computes the rest."""
+        manager, device = self.manager, self.manager.device
+        known = manager.cached_prefix(tokens)
         held = [block for block in known if device.ref_count(block) > 0]
+        if manager.blocks_for(len(tokens)) - len(held) > device.num_free:
+            return
         free = device.num_free
-        found = self.manager.adopt_prefix(self.count, tokens)
-        assert found == len(known) * self.manager.block_size < len(tokens)
-        self.history[self.count] = tokens[:found]
+        found = manager.adopt_prefix(self.count + 1, tokens)
+        assert found == len(known) * manager.block_size < len(tokens)
         # Cached blocks that nobody held were free ones.
         assert free - device.num_free == len(known) - len(held)
+        seq = self.begin(tokens[:found])
+        self.write([seq], tokens[found:])
 
     @some_sequence
-    @rule(which=st.sets(which, min_size=1, max_size=3), tokens=tokens)
+    @rule(which=which, tokens=tokens)
     def append(self, which, tokens):
-        """Sequences that may share blocks write the same number of tokens, one after the other."""
-        seqs = sorted({self.pick(index) for index in which})
+        self.append_to([self.pick(which)], tokens)
+
+    @some_sequence
+    @rule(which=which, tokens=tokens)
+    def append_to_a_group(self, which, tokens):
+        """Sequences that may share blocks write, one after the other, in the same step."""
+        self.append_to(self.family(which), tokens)
+
+    def append_to(self, seqs, tokens):
         seqs = [seq for seq in seqs if not self.on_host(seq)]
+        needed = self.manager.blocks_needed((seq, len(tokens)) for seq in seqs)
+        if needed <= self.manager.device.num_free:
+            self.write(seqs, tokens)
+        elif len(seqs) == 1:
+            before = repr(self.manager)
+            with pytest.raises(OutOfBlocksError):
+                self.manager.append(seqs[0], len(tokens))
+            assert repr(self.manager) == before, "an append that does not fit changes nothing"
+
+    def write(self, seqs, tokens):
+        """Take the slots, copy what must be copied, write, and only then tell the manager."""
         manager, n = self.manager, len(tokens)
         needed = manager.blocks_needed((seq, n) for seq in seqs)
         free = manager.device.num_free
-        if needed > free:
-            if len(seqs) == 1:
-                before = repr(manager)
-                with pytest.raises(OutOfBlocksError):
-                    manager.append(seqs[0], n)
-                assert repr(manager) == before, "an append that does not fit changes nothing"
-            return
         copies = [manager.append(seq, n) for seq in seqs]
         assert free - manager.device.num_free == needed
         self.copy(self.device, self.device, [copy for copy in copies if copy is not None])
@@ -110,21 +131,24 @@ class BlockManagerMachine(RuleBasedStateMachine):
             manager.mark_computed(seq, self.history[seq])
 
     @some_sequence
-    @rule(which=which, length=st.one_of(st.none(), st.integers(0, 30)))
-    def fork(self, which, length):
+    @rule(which=which, times=st.integers(1, 3))
+    def fork(self, which, times):
         parent = self.pick(which)
-        if parent not in self.manager.tables:
-            return
-        self.count += 1
-        history = list(self.history[parent])
-        if length is not None:
-            if self.window is not None or length > len(history):
-                return
-            history = history[: length - length % self.manager.block_size]
         used = self.manager.device.num_used, self.manager.host.num_used
-        self.manager.fork(parent, self.count, length)
+        for _ in range(times):
+            child = self.begin(self.history[parent], self.root[parent])
+            self.manager.fork(parent, child)
         assert used == (self.manager.device.num_used, self.manager.host.num_used)
-        self.history[self.count] = history
+
+    @some_sequence
+    @precondition(lambda self: self.window is None)
+    @rule(which=which, length=st.integers(0, 12))
+    def fork_a_prefix(self, which, length):
+        parent = self.pick(which)
+        length = min(length, len(self.history[parent]))
+        whole = length - length % self.manager.block_size
+        child = self.begin(self.history[parent][:whole], self.root[parent])
+        self.manager.fork(parent, child, length)
 
     @some_sequence
     @rule(which=which)
@@ -135,17 +159,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert seq not in self.manager.tables
 
     @some_sequence
-    @rule(group=st.sets(which, min_size=1, max_size=4))
-    def swap_out(self, group):
-        self.swap(group, False, self.manager.swap_out, self.device, self.host)
+    @rule(which=which)
+    def swap_out(self, which):
+        self.swap(self.family(which), False, self.manager.swap_out, self.device, self.host)
 
     @some_sequence
-    @rule(group=st.sets(which, min_size=1, max_size=4))
-    def swap_in(self, group):
-        self.swap(group, True, self.manager.swap_in, self.host, self.device)
+    @rule(which=which)
+    def swap_in(self, which):
+        self.swap(self.family(which), True, self.manager.swap_in, self.host, self.device)
 
     def swap(self, group, from_host, move, source, target):
-        group = {self.pick(index) for index in group}
         tables = [self.manager.tables.get(seq) for seq in group]
         if not all(tables) or any(self.on_host(seq) != from_host for seq in group):
             return

@@ -100,3 +100,99 @@ def scheduler(
     report.show_scheduler(Console(highlight=False), costs)
     if json_file is not None:
         report.write_json(json_file, costs, steps=steps)
+
+
+@bench.command("prefix-cache")
+def prefix_cache(
+    trace: Annotated[Path, typer.Option(help="JSON lines with the hash_ids of a prompt's blocks")],
+    pool_blocks: Annotated[
+        list[int] | None, typer.Option(help="size of the pool; may be given several times")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Replay a trace through the prefix cache: hits by the size of the pool."""
+    from minipaged.evaluation import report
+    from minipaged.evaluation.prefix_replay import read_block_trace, replay
+
+    sizes: list[int | None] = [*(pool_blocks or [1_000, 3_000, 10_000, 30_000, 50_000, 100_000])]
+    for size in sizes:
+        if size is not None and size < 1:
+            raise ConfigurationError(f"--pool-blocks is {size}; it must be at least 1")
+    requests = read_block_trace(trace)
+    replays = [replay(requests, size) for size in (*sizes, None)]
+    report.show_replays(Console(highlight=False), replays)
+    if json_file is not None:
+        report.write_json(json_file, replays, trace=trace.name)
+
+
+@bench.command()
+def sharing(
+    model: ModelOption = "tiny",
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="alpaca or sharegpt: whose lengths")
+    ] = None,
+    width: Annotated[list[int] | None, typer.Option(help="samples or beams of a request")] = None,
+    num_requests: Annotated[int, typer.Option(help="of each run")] = 32,
+    json_file: JsonOption = None,
+    seed: SeedOption = 0,
+    block_size: BlockSizeOption = 16,
+) -> None:
+    """Memory saved by sharing, for parallel sampling and beam search (figure 15)."""
+    from minipaged.engine.builder import EngineOptions, load_engine
+    from minipaged.evaluation import report
+    from minipaged.evaluation.sharing import measure_sharing
+
+    widths = width or [2, 4, 6]
+    for name, value in (("--num-requests", num_requests), *(("--width", w) for w in widths)):
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+    seqs = num_requests * max(widths)
+    engine = load_engine(model, EngineOptions(block_size=block_size, max_num_seqs=seqs))
+    runs = [
+        measure_sharing(engine, name, decoding, w, num_requests, seed)
+        for name in dataset or ["alpaca", "sharegpt"]
+        for decoding in ("parallel", "beam")
+        for w in widths
+    ]
+    report.show_sharing(Console(highlight=False), runs)
+    if json_file is not None:
+        report.write_json(json_file, runs, model=model, block_size=block_size)
+
+
+@bench.command()
+def latency(
+    model: ModelOption = "smollm2",
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(help="tokens computed per step; may be given several times"),
+    ] = None,
+    long_prompt: Annotated[int, typer.Option(help="tokens of the prompt that arrives")] = 1500,
+    num_decoding: Annotated[int, typer.Option(help="requests that decode")] = 8,
+    tokens: Annotated[int, typer.Option(help="that each of them decodes from then on")] = 40,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+    json_file: JsonOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Time between tokens while a long prompt is computed, with and without cutting it up."""
+    import torch
+
+    from minipaged.engine.builder import EngineOptions, load_engine
+    from minipaged.evaluation import report
+    from minipaged.evaluation.latency import measure_latency
+
+    for name, value in (("--num-decoding", num_decoding), ("--tokens", tokens)):
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+    if threads:
+        torch.set_num_threads(threads)
+    latencies = []
+    for tokens_per_step in budget or [4096, 512, 128, 64]:
+        options = EngineOptions(
+            dtype=dtype, max_num_seqs=num_decoding + 1, max_num_batched_tokens=tokens_per_step
+        )
+        engine = load_engine(model, options)
+        latencies.append(measure_latency(engine, long_prompt, num_decoding, tokens, seed))
+    report.show_latency(Console(highlight=False), latencies)
+    if json_file is not None:
+        report.write_json(json_file, latencies, model=model, dtype=dtype)

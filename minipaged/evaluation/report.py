@@ -15,7 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.evaluation.latency import Latency
+from minipaged.evaluation.prefix_replay import Replay
 from minipaged.evaluation.scheduler_cost import SchedulerCost
+from minipaged.evaluation.sharing import Sharing
 from minipaged.evaluation.throughput import Measurement
 
 
@@ -61,6 +64,55 @@ def show_scheduler(console: Console, costs: list[SchedulerCost]) -> None:
     for cost in costs:
         figures = (cost.median_ms, cost.largest_ms, cost.microseconds_per_sequence)
         table.add_row(str(cost.num_seqs), *(f"{figure:.2f}" for figure in figures))
+    console.print(table)
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+
+
+def show_replays(console: Console, replays: list[Replay]) -> None:
+    """The hit rate by the size of the pool."""
+    table = Table("pool, blocks", "hits", "of blocks", "hit rate", "evictions", "seconds")
+    for r in replays:
+        pool = "unbounded" if r.pool_blocks is None else f"{r.pool_blocks:,}"
+        figures = (f"{r.hits:,}", f"{r.blocks:,}", f"{r.hit_rate:.1%}", f"{r.evictions:,}")
+        table.add_row(pool, *figures, f"{r.seconds:.1f}")
+    console.print(table)
+    refused = max(r.refused for r in replays)
+    if refused:
+        console.print(f"up to {refused:,} blocks belong to requests longer than a pool")
+
+
+def show_sharing(console: Console, runs: list[Sharing]) -> None:
+    """Blocks saved by sharing, beside the paper's figures."""
+    table = Table("lengths", "decoding", "width", "mean tokens", "saved", "paper, %", "copies/step")
+    for run in runs:
+        table.add_row(
+            run.dataset,
+            run.decoding,
+            str(run.width),
+            f"{run.mean_prompt:.0f} in, {run.mean_output:.0f} out",
+            f"{run.saved:.1%}",
+            run.paper,
+            f"{run.copies_per_step:.1f}",
+        )
+    console.print(table)
+
+
+def show_latency(console: Console, latencies: list[Latency]) -> None:
+    """Time between two tokens while a long prompt is computed."""
+    first = latencies[0]
+    console.print(
+        f"{first.decoding} requests decode while a prompt of {first.long_prompt} tokens arrives"
+    )
+    table = Table(
+        "token budget",
+        "between tokens: median, ms",
+        "99 %, ms",
+        "largest, ms",
+        "first token of the long one, ms",
+    )
+    for latency in latencies:
+        figures = (latency.median_ms, latency.p99_ms, latency.largest_ms, latency.first_token_ms)
+        table.add_row(str(latency.budget), *(f"{figure:.0f}" for figure in figures))
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
 

@@ -1,0 +1,88 @@
+"""The tests are worth something: each of these small wrong versions is caught by its theorem's.
+
+A bug is data (planted_bugs/*.toml): the file, the old text and the new, the theorem it breaks
+and the tests that must fail.  Each is planted in a copy of the package, and the tests run there.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+BUGS = {
+    path.stem: tomllib.loads(path.read_text("utf-8"))
+    for path in sorted((ROOT / "tests" / "planted_bugs").glob("*.toml"))
+}
+
+
+def plant(bug, directory):
+    """A copy of the package with the bug in it."""
+    package = directory / "minipaged"
+    shutil.copytree(
+        ROOT / "minipaged", package, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
+    )
+    file = directory / bug["file"]
+    text = file.read_text("utf-8")
+    for edit in bug["edits"]:
+        assert text.count(edit["old"]) == 1, f"{bug['file']} has changed; mend the planted bug"
+        text = text.replace(edit["old"], edit["new"])
+    file.write_text(text, "utf-8")
+
+
+def run_tests(tests, directory):
+    """Run tests of this project on the package in `directory`."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(directory),
+        "HYPOTHESIS_PROFILE": "planted",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(directory / "examples"),
+        "OMP_NUM_THREADS": "1",
+    }
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=120"]
+    options += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *(str(ROOT / "tests" / t) for t in tests)],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, tmp_path):
+    bug = BUGS[name]
+    plant(bug, tmp_path)
+    for test in bug["tests"]:
+        result = run_tests([test], tmp_path)
+        # Exit code 1: tests ran, and some failed.
+        assert result.returncode == 1, f"{test} did not catch it:\n{result.stdout[-2000:]}"
+
+
+def test_the_same_tests_pass_without_a_bug(tmp_path):
+    plant({"file": "minipaged/__init__.py", "edits": []}, tmp_path)
+    tests = dict.fromkeys(test for bug in BUGS.values() for test in bug["tests"])
+    result = run_tests(tests, tmp_path)
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
+def test_every_bug_says_what_it_breaks():
+    assert len(BUGS) >= 20
+    for name, bug in BUGS.items():
+        assert re.fullmatch(r"T\d+", bug["theorem"]), name
+        assert set(bug) == {"title", "theorem", "file", "tests", "edits"}, name
+        assert (ROOT / bug["file"]).exists(), name
+        for edit in bug["edits"]:
+            assert edit["old"] != edit["new"], name
+    assert {bug["theorem"] for bug in BUGS.values()} >= {f"T{i}" for i in range(1, 8)}
