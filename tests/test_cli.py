@@ -65,7 +65,7 @@ def test_samples_and_beams_with_all_of_it():
         assert words in done.stdout
     assert "prefix cache: " in done.stdout
     assert done.stdout.count("complete") == 6
-    done = run("generate", prompts[0], "--beam-search", "-n", 2, "--best-of", 4, *common)
+    done = run("generate", prompts[0], "--beam-search", "-n", 2, "--best-of", 3, *common)
     assert done.returncode == 0, done.stderr
     assert "[0.1] ROMEO: what light" in done.stdout
     assert "dropped" in done.stdout

@@ -1,5 +1,7 @@
 """The tensors behind the block ids: what is written is read, what is copied is equal."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -88,3 +90,21 @@ def test_size_in_bytes(dtype):
     assert KVCache(SHAPE, dtype).num_bytes == 6 * SHAPE.bytes_per_block(dtype)
     # 2 x layers x tokens x heads x head size x bytes
     assert SHAPE.bytes_per_block(dtype) == 2 * 2 * 4 * 2 * 3 * dtype.itemsize
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_swapping_on_a_gpu_keeps_the_contents():
+    """Pinned host memory and a stream of its own; the model overwrites the blocks at once."""
+    shape = dataclasses.replace(SHAPE, num_blocks=64, num_host_blocks=64)
+    cache = KVCache(shape, torch.float32, device="cuda")
+    cache._device.normal_()
+    expected = cache._device[:, :, :32].clone()
+    manager = BlockManager(4, 64, 64)
+    manager.append(1, 4 * 32)
+    before = manager.tables[1].blocks.copy()
+    cache.swap_out(manager.swap_out([1]))
+    cache._device.fill_(0)  # what the model would do with the blocks
+    cache.swap_in(manager.swap_in([1]))
+    now = cache._device[:, :, manager.tables[1].blocks]
+    assert torch.equal(now, expected[:, :, before])

@@ -12,11 +12,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from minipaged.decoding.beam_search import BeamSearch, Candidate
-from minipaged.decoding.sampler import Draw, SampledToken, sample, token_logprobs
 from minipaged.decoding.stopping import end_tokens
+from minipaged.engine.branching import Branching
 from minipaged.engine.completion import Completion
 from minipaged.engine.model_runner import Runner
 from minipaged.engine.outputs import RequestOutput
@@ -26,7 +23,7 @@ from minipaged.errors import InvalidRequestError
 from minipaged.models.detokenizer import IncrementalDetokenizer
 from minipaged.models.tokenizer import Tokenizer
 from minipaged.request.sampling_params import SamplingParams
-from minipaged.request.sequence import RequestId, Sequence, SequenceGroup, SequenceId
+from minipaged.request.sequence import RequestId, SequenceGroup, SequenceId
 from minipaged.scheduling.policy import first_come_first_served
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.step_plan import StepPlan
@@ -78,13 +75,8 @@ class Engine:
         self.observers: list[Callable[[StepRecord], None]] = []
         self.num_steps = 0
         self._num_requests = 0
-        self._num_sequences = 0
         self._requests: dict[RequestId, RequestState] = {}
-        self._by_sequence: dict[SequenceId, RequestState] = {}
-        # What became of sequences in the running step, for observers.
-        self._forks: list[tuple[SequenceId, SequenceId]] = []
-        self._completed: list[SequenceId] = []
-        self._ended: list[SequenceId] = []
+        self._branching = Branching(scheduler, seed)
 
     def add_request(
         self,
@@ -112,12 +104,11 @@ class Engine:
         token_ids = self._tokens(prompt, params)
         max_tokens = self._max_tokens(len(token_ids), params)
         arrival = self._num_requests
-        sequence = Sequence(self._num_sequences, token_ids, self._random_key(arrival, params, 0))
+        sequence = self._branching.first_sequence(token_ids, params, arrival)
         group = SequenceGroup(request_id, [sequence], params, arrival, priority)
         # The last token is never computed, so it needs no slot.
         self.scheduler.add(group, len(token_ids) + max_tokens - 1)
         self._num_requests += 1
-        self._num_sequences += 1
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = IncrementalDetokenizer(
@@ -127,7 +118,7 @@ class Engine:
         first = Completion(sequence, params, ends, max_tokens, detokenizer)
         state = RequestState(group, prompt if isinstance(prompt, str) else None, first)
         self._requests[request_id] = state
-        self._by_sequence[sequence.seq_id] = state
+        self._branching.owners[sequence.seq_id] = state
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -144,26 +135,23 @@ class Engine:
         logits = self.runner.execute(plan)
         computed = time.perf_counter()
         growing = self._mark_computed(plan)
-        states = list(dict.fromkeys(self._by_sequence[c.sequence.seq_id] for c in growing))
-        tokens = self._draw(growing, logits)
+        owners = self._branching.owners
+        states = list(dict.fromkeys(owners[c.sequence.seq_id] for c in growing))
+        tokens = self._branching.draw(growing, logits)
         sampled = time.perf_counter()
         new_text = {c.sequence.seq_id: c.append(token) for c, token in tokens}
-        self._completed += [c.sequence.seq_id for c, _ in tokens if c.finish_reason is not None]
-        for state in states:
-            state.retire()
+        self._branching.end_step(states)
         outputs = [state.output() for state in states]
         end = time.perf_counter()
         self.timings.add(planned - start, computed - planned, sampled - computed, end - sampled)
         if self.observers:
-            for state in states:
-                ids = (sequence.seq_id for sequence in state.group.sequences)
-                self._ended += [seq_id for seq_id in ids if seq_id not in state.growing]
             self._observe(plan, end - start, states, new_text)
-        for events in (self._forks, self._completed, self._ended):
-            events.clear()
+        self._branching.forget_step()
         self.num_steps += 1
         for state in states:
-            self._let_go(state)
+            self._branching.let_go(state)
+            if not state.growing:
+                del self._requests[state.group.request_id]
         return outputs
 
     def abort(self, request_id: RequestId) -> RequestOutput | None:
@@ -172,7 +160,8 @@ class Engine:
         if state is None:
             return None
         state.abort()
-        self._release(state)
+        self._branching.release(state)
+        del self._requests[request_id]
         return state.output()
 
     def check_integrity(self) -> None:
@@ -180,7 +169,8 @@ class Engine:
         self.scheduler.check_integrity()
         queued = [*self.scheduler.running, *self.scheduler.waiting]
         assert {group.request_id for group in queued} == self._requests.keys()
-        assert len(self._by_sequence) == sum(len(group.sequences) for group in queued)
+        alive = {sequence.seq_id for group in queued for sequence in group.sequences}
+        assert alive == self._branching.owners.keys()
 
     def _tokens(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's token ids, checked against the model's vocabulary and context."""
@@ -222,132 +212,21 @@ class Engine:
         each = shared + max(0, manager.device.num_blocks - shared) // params.width
         return max(1, min(room, each * manager.block_size + 1 - num_prompt_tokens))
 
-    def _random_key(self, arrival: int, params: SamplingParams, index: int) -> tuple[int, ...]:
-        """Of the random stream of a request's output number `index`."""
-        if params.seed is not None:
-            return (params.seed, index)
-        return (self.seed, arrival, index)
-
     def _mark_computed(self, plan: StepPlan) -> list[Completion]:
         """Count the tokens of a step that is done; returns the outputs that get a token."""
+        owners = self._branching.owners
         growing = []
         for item in plan.scheduled:
-            completion = self._by_sequence[item.seq_id].growing[item.seq_id]
+            completion = owners[item.seq_id].growing[item.seq_id]
             completion.sequence.num_computed_tokens = item.context_length
             if item.samples:
                 growing.append(completion)
         manager = self.scheduler.manager
         if manager.tracks_contents:
-            for state in dict.fromkeys(self._by_sequence[item.seq_id] for item in plan.scheduled):
+            for state in dict.fromkeys(owners[item.seq_id] for item in plan.scheduled):
                 for sequence in state.group.sequences:
                     manager.mark_computed(sequence.seq_id, sequence.token_ids)
         return growing
-
-    def _draw(
-        self, growing: list[Completion], logits: Tensor
-    ) -> list[tuple[Completion, SampledToken]]:
-        """The next token of every output: drawn, or found by the beam search it belongs to.
-
-        Row i of the logits is that of growing[i].  Outputs fork on the way.
-        """
-        rows: list[int] = []
-        drawing: list[Completion] = []
-        beams: dict[RequestState, list[int]] = {}
-        for row, completion in enumerate(growing):
-            state = self._by_sequence[completion.sequence.seq_id]
-            if state.search is not None:
-                beams.setdefault(state, []).append(row)
-                continue
-            children = [completion] if state.group.has_forked else self._fork_samples(state)
-            drawing += children
-            rows += [row] * len(children)
-        tokens: list[tuple[Completion, SampledToken]] = []
-        if drawing:
-            draws = [Draw(c.sequence, c.params, c.end_token_ids) for c in drawing]
-            chosen = logits if rows == list(range(len(logits))) else logits[rows]
-            tokens += zip(drawing, sample(chosen, draws), strict=True)
-        for state, beam_rows in beams.items():
-            tokens += self._advance_beams(state, logits[beam_rows])
-        return tokens
-
-    def _fork_samples(self, state: RequestState) -> list[Completion]:
-        """Let a prompt that was just computed become the samples of its request."""
-        group = state.group
-        (first,) = state.growing.values()
-        group.has_forked = True
-        for index in range(1, group.params.width):
-            key = self._random_key(group.arrival, group.params, index)
-            state.completions.append(self._fork(state, first, key))
-        return list(state.growing.values())
-
-    def _fork(
-        self, state: RequestState, parent: Completion, random_key: tuple[int, ...] = (0,)
-    ) -> Completion:
-        """One more output of a request that shares everything with another one so far."""
-        child = parent.sequence.fork(self._num_sequences, random_key)
-        self._num_sequences += 1
-        self.scheduler.fork(state.group, parent.sequence.seq_id, child)
-        self._by_sequence[child.seq_id] = state
-        self._forks.append((parent.sequence.seq_id, child.seq_id))
-        return state.fork(parent, child)
-
-    def _advance_beams(
-        self, state: RequestState, logits: Tensor
-    ) -> list[tuple[Completion, SampledToken]]:
-        """One step of a beam search: beams fork, go on, or let go of their blocks (section 4.4)."""
-        search, beams = state.search, list(state.growing.values())
-        assert search is not None
-        state.group.has_forked = True
-        running, complete = search.step(logits)
-        for candidate in complete:
-            beam = beams[candidate.beam]
-            hypothesis = beam.fork(beam.sequence.fork(-1))  # it is complete and needs no blocks
-            hypothesis.append(_beam_token(search, candidate))
-            state.complete(hypothesis, candidate.cumulative_logprob)
-            self._completed.append(beam.sequence.seq_id)
-        if not running:
-            state.growing.clear()
-            return []
-        # Children hold the blocks of their parent before any parent lets go of them.  The first
-        # child takes the parent's place.
-        going_on: dict[int, list[Completion]] = {}
-        order = []
-        for candidate in running:
-            heirs = going_on.setdefault(candidate.beam, [])
-            beam = beams[candidate.beam]
-            heirs.append(self._fork(state, beam) if heirs else beam)
-            order.append(heirs[-1])
-        for place, beam in enumerate(beams):
-            if place not in going_on:
-                self._drop(state, beam)
-        state.reorder(order)
-        return [
-            (completion, _beam_token(search, candidate))
-            for completion, candidate in zip(order, running, strict=True)
-        ]
-
-    def _drop(self, state: RequestState, completion: Completion) -> None:
-        """Free the blocks of a beam that does not go on, while others of its request do."""
-        del state.growing[completion.sequence.seq_id]
-        self._ended.append(completion.sequence.seq_id)
-        self.scheduler.drop(state.group, completion.sequence)
-        del self._by_sequence[completion.sequence.seq_id]
-
-    def _let_go(self, state: RequestState) -> None:
-        """Free the blocks of the outputs that ended in this step."""
-        if not state.growing:
-            self._release(state)
-            return
-        for sequence in list(state.group.sequences):
-            if sequence.seq_id not in state.growing:
-                self.scheduler.drop(state.group, sequence)
-                del self._by_sequence[sequence.seq_id]
-
-    def _release(self, state: RequestState) -> None:
-        for sequence in state.group.sequences:
-            del self._by_sequence[sequence.seq_id]
-        self.scheduler.remove(state.group)
-        del self._requests[state.group.request_id]
 
     def _check_priority(self, priority: int) -> None:
         if not isinstance(priority, int) or isinstance(priority, bool) or priority < 0:
@@ -367,6 +246,7 @@ class Engine:
         states: list[RequestState],
         new_text: dict[SequenceId, str],
     ) -> None:
+        branching = self._branching
         scheduler, manager = self.scheduler, self.scheduler.manager
         cache = manager.prefix_cache
         record = StepRecord(
@@ -378,7 +258,7 @@ class Engine:
             tables=tuple(
                 TableRecord(
                     seq_id,
-                    self._by_sequence[seq_id].group.request_id,
+                    branching.owners[seq_id].group.request_id,
                     tuple(table.held_blocks),
                     table.num_tokens,
                     table.num_dropped,
@@ -395,22 +275,14 @@ class Engine:
             },
             new_text=new_text,
             num_preemptions=scheduler.num_preemptions,
-            forks=tuple(self._forks),
+            forks=tuple(branching.forks),
             num_swaps=scheduler.preemption.num_swaps,
             num_host_blocks=manager.host.num_blocks,
-            completed=tuple(self._completed),
-            ended=tuple(self._ended),
+            completed=tuple(branching.completed),
+            ended=tuple(branching.ended),
             cached_blocks=tuple(manager.device.cached_blocks),
             num_hit_tokens=cache.num_hit_tokens if cache is not None else 0,
             num_queried_tokens=cache.num_queried_tokens if cache is not None else 0,
         )
         for observer in self.observers:
             observer(record)
-
-
-def _beam_token(search: BeamSearch, candidate: Candidate) -> SampledToken:
-    logprobs = search.logprobs[candidate.beam]
-    return SampledToken(
-        candidate.token_id,
-        token_logprobs(logprobs, candidate.token_id, search.params.logprobs or 0),
-    )

@@ -36,11 +36,13 @@ class LLM:
         prompts: Prompt | Sequenced[Prompt],
         sampling_params: SamplingParams | Sequenced[SamplingParams] | None = None,
         on_step: Callable[[list[RequestOutput]], None] | None = None,
+        priority: Sequenced[int] | None = None,
     ) -> list[RequestOutput]:
         """Serve all prompts together; outputs come back in the order of the prompts.
 
         prompts: one prompt or many, each a text or a list of token ids.
         sampling_params: one for all, or one for each.
+        priority: of each prompt, 0 the most urgent; needs the option policy="priority".
         on_step: called after every iteration with the requests that got a token.
         Raises InvalidRequestError, before anything runs, if one prompt cannot be served.
         """
@@ -52,12 +54,20 @@ class LLM:
                 f"{len(prompt_list)} prompts came with {len(sampling_params)} sampling parameters; "
                 "give one for all or one for each"
             )
+        priorities = [0] * len(prompt_list) if priority is None else list(priority)
+        if len(priorities) != len(prompt_list):
+            raise InvalidRequestError(
+                f"{len(prompt_list)} prompts came with {len(priorities)} priorities; give one for "
+                "each or none"
+            )
         request_ids: list[str] = []
         done: dict[str, RequestOutput] = {}
         try:
-            for prompt, params in zip(prompt_list, sampling_params, strict=True):
+            for prompt, params, urgency in zip(
+                prompt_list, sampling_params, priorities, strict=True
+            ):
                 request_id = str(self._num_requests)
-                self.engine.add_request(request_id, prompt, params)
+                self.engine.add_request(request_id, prompt, params, urgency)
                 self._num_requests += 1
                 request_ids.append(request_id)
             while self.engine.has_unfinished_requests:

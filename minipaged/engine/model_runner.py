@@ -44,6 +44,8 @@ class ModelRunner:
         cache.swap_out(plan.swap_out)
         cache.swap_in(plan.swap_in)
         cache.copy_blocks(plan.copies)
+        if not plan.scheduled:
+            return torch.empty(0, self.decoder.config.vocab_size)
 
         # Like shapes next to each other, for the attention; the logits return in plan order.
         lengths = [(len(item.token_ids), item.context_length) for item in plan.scheduled]

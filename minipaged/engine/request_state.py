@@ -56,11 +56,12 @@ class RequestState:
         self.growing = {beam.sequence.seq_id: beam for beam in beams}
         self.group.sequences[:] = [beam.sequence for beam in beams]
 
-    def retire(self) -> None:
-        """Outputs that ended in this step do not grow any more."""
-        for completion in list(self.growing.values()):
-            if completion.finish_reason is not None:
-                del self.growing[completion.sequence.seq_id]
+    def retire(self) -> list[Completion]:
+        """Let the outputs that ended grow no more; returns them."""
+        ended = [c for c in self.growing.values() if c.finish_reason is not None]
+        for completion in ended:
+            del self.growing[completion.sequence.seq_id]
+        return ended
 
     def abort(self) -> dict[SequenceId, str]:
         """End all outputs where they stand; returns what texts grew by."""

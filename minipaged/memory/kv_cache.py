@@ -6,7 +6,8 @@ blocks.  Which block belongs to whom is the block manager's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,13 @@ class KVCache:
         layers = (2, shape.num_layers)
         # The operating system hands out the pages of `empty` as they are first written.
         self._device = torch.empty(*layers, shape.num_blocks, *block, dtype=dtype, device=device)
-        self._host = torch.empty(*layers, shape.num_host_blocks, *block, dtype=dtype)
+        # On the host a block is one piece, which moves at the speed of the bus.  With a GPU its
+        # pages are pinned, so that the copies run beside the model on a stream of their own.
+        on_gpu = self._device.is_cuda
+        self._host = torch.empty(
+            shape.num_host_blocks, *layers, *block, dtype=dtype, pin_memory=on_gpu
+        )
+        self._stream = torch.cuda.Stream(self._device.device) if on_gpu else None
         self.keys: tuple[LayerCache, ...] = self._device[0].unbind(0)
         self.values: tuple[LayerCache, ...] = self._device[1].unbind(0)
         if debug:
@@ -82,18 +89,51 @@ class KVCache:
 
     def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
         """Perform the copy-on-writes of a step in all layers at once."""
-        _copy(self._device, self._device, copies)
+        if pairs := list(copies):
+            sources, targets = torch.tensor(pairs, device=self._device.device).T
+            self._device.index_copy_(2, targets, self._device.index_select(2, sources))
 
     def swap_out(self, copies: Iterable[BlockCopy]) -> None:
         """Copy device blocks to host blocks, in all layers at once: the first act of a step."""
-        _copy(self._device, self._host, copies)
+        if pairs := list(copies):
+            sources, targets = zip(*pairs, strict=True)
+            with self._beside_the_model():
+                ids = torch.tensor(sources, device=self._device.device)
+                gathered = self._device.index_select(2, ids).movedim(2, 0).contiguous()
+                self._let_the_model_go_on()  # it may overwrite the blocks from here on
+                for block, target in zip(gathered, targets, strict=True):
+                    self._host[target].copy_(block, non_blocking=True)
         if self._freed:
             self._device[:, :, self._freed] = torch.nan
             self._freed.clear()
 
     def swap_in(self, copies: Iterable[BlockCopy]) -> None:
         """Copy host blocks to device blocks, in all layers at once."""
-        _copy(self._host, self._device, copies)
+        if pairs := list(copies):
+            sources, targets = zip(*pairs, strict=True)
+            with self._beside_the_model():
+                blocks = self._device.new_empty(len(sources), *self._host.shape[1:])
+                for block, source in zip(blocks, sources, strict=True):
+                    block.copy_(self._host[source], non_blocking=True)
+                ids = torch.tensor(targets, device=self._device.device)
+                self._device.index_copy_(2, ids, blocks.movedim(0, 2))
+                self._let_the_model_go_on()  # it needs the blocks, and waits for them
+
+    @contextlib.contextmanager
+    def _beside_the_model(self) -> Iterator[None]:
+        """On a GPU, work on the stream of the copies, behind what the model was told to do."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _let_the_model_go_on(self) -> None:
+        """On a GPU, let the model's stream wait for what the copies' stream was told so far."""
+        if self._stream is not None:
+            model = torch.cuda.default_stream(self._device.device)
+            model.wait_event(self._stream.record_event())
 
     def poison(self, block: BlockId) -> None:
         """Overwrite a freed device block with NaN, when the next step has begun.
@@ -101,11 +141,3 @@ class KVCache:
         A block that is swapped out is freed before its contents are copied to the host.
         """
         self._freed.append(block)
-
-
-def _copy(source: Tensor, target: Tensor, copies: Iterable[BlockCopy]) -> None:
-    pairs = list(copies)
-    if pairs:
-        sources, targets = torch.tensor(pairs).T
-        blocks = source.index_select(2, sources.to(source.device)).to(target.device)
-        target.index_copy_(2, targets.to(target.device), blocks)

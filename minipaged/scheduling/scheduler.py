@@ -10,45 +10,14 @@ sees a tensor, and the tokens it hands out are plain numbers.
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
 
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.block_table import BlockCopy
-from minipaged.request.sequence import RequestId, Sequence, SequenceGroup, SequenceId, Status
+from minipaged.request.sequence import Sequence, SequenceGroup, SequenceId, Status
+from minipaged.scheduling.chunks import Chunk, Draft, next_chunks
 from minipaged.scheduling.policy import Policy, first_come_first_served
 from minipaged.scheduling.preemption import Preemption
 from minipaged.scheduling.step_plan import ScheduledSequence, StepPlan
-
-Chunk = tuple[Sequence, int]
-"""A sequence and how many of its next tokens a step computes."""
-
-
-@dataclass
-class Draft:
-    """A StepPlan in the making.
-
-    spare: tokens that the step can compute beyond one for each running sequence.
-    """
-
-    spare: int
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
-    swap_out: list[BlockCopy] = field(default_factory=list)
-    swap_in: list[BlockCopy] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
-    preempted: list[RequestId] = field(default_factory=list)
-    swapped: list[RequestId] = field(default_factory=list)
-
-    def finish(self) -> StepPlan:
-        """The plan."""
-        return StepPlan(
-            tuple(self.scheduled),
-            tuple(self.swap_out),
-            tuple(self.swap_in),
-            tuple(self.copies),
-            tuple(self.preempted),
-            tuple(self.swapped),
-        )
 
 
 class Scheduler:
@@ -140,7 +109,7 @@ class Scheduler:
 
         position = 0
         while position < len(self.running):
-            chunks, num_tokens = self._next_chunks(self.running[position], draft)
+            chunks, num_tokens = next_chunks(self.running[position], draft, self.manager)
             # n tokens never take more than n blocks, so that mostly there is room.
             if num_tokens > self.manager.device.num_free and not self._make_room(
                 chunks, position, draft
@@ -170,49 +139,6 @@ class Scheduler:
         for sequence in group.sequences:
             self.manager.free(sequence.seq_id)
         group.status = Status.FINISHED
-
-    def _next_chunks(self, group: SequenceGroup, draft: Draft) -> tuple[list[Chunk], int]:
-        """The next tokens of every sequence of a running group, and their number.
-
-        One token each, and more from the spare ones where a sequence is behind.
-        """
-        if len(group.sequences) == 1:
-            sequence = group.sequences[0]
-            n = len(sequence.token_ids) - sequence.num_computed_tokens
-            if n > 1:
-                n = min(n, 1 + draft.spare)
-                draft.spare -= n - 1
-            return [(sequence, n)], n
-        if any(sequence.num_uncomputed_tokens > 1 for sequence in group.sequences):
-            return self._catch_up(group, draft)
-        return [(sequence, 1) for sequence in group.sequences], len(group.sequences)
-
-    def _catch_up(self, group: SequenceGroup, draft: Draft) -> tuple[list[Chunk], int]:
-        """Chunks of a group that was preempted by recomputation while it had several sequences.
-
-        Each is computed but for its last token, so that all draw their next one together, as a
-        beam search must.  One after the other, since each begins with the blocks that it shared
-        with an earlier one.
-        """
-        allowed = len(group.sequences) + draft.spare
-        chunks: list[Chunk] = []
-        for sequence in group.sequences:
-            if sequence.resume_from is not None:
-                if chunks:
-                    break  # what it shares is computed in this step, and can be shared after it
-                sibling, num_tokens = sequence.resume_from
-                self.manager.fork(sibling, sequence.seq_id, num_tokens)
-                sequence.num_computed_tokens = num_tokens
-                sequence.resume_from = None
-            n = min(sequence.num_uncomputed_tokens - 1, allowed)
-            if n > 0:
-                chunks.append((sequence, n))
-                allowed -= n
-        if not chunks:
-            return [(sequence, 1) for sequence in group.sequences], len(group.sequences)
-        num_tokens = sum(n for _, n in chunks)
-        draft.spare -= max(0, num_tokens - len(group.sequences))
-        return chunks, num_tokens
 
     def _make_room(self, chunks: list[Chunk], position: int, draft: Draft) -> bool:
         """Preempt the last groups until the chunks of running group `position` have blocks.
@@ -247,7 +173,7 @@ class Scheduler:
             draft.spare = spare
             group.status = Status.RUNNING
             insort(self.running, self.waiting.pop(0), key=self.policy)
-            self._take_slots(self._next_chunks(group, draft)[0], draft)
+            self._take_slots(next_chunks(group, draft, self.manager)[0], draft)
 
     def _swap_in(self, group: SequenceGroup, draft: Draft) -> bool:
         """Move a swapped group back if it fits."""

@@ -1,0 +1,135 @@
+"""What the bench commands measure, checked against a second way to count it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Request, Workload
+
+from minipaged.engine.builder import EngineOptions, load_engine
+from minipaged.errors import ConfigurationError, InvalidRequestError
+from minipaged.evaluation.latency import measure_latency
+from minipaged.evaluation.prefix_replay import read_block_trace, replay
+from minipaged.evaluation.sharing import DATASETS, SPREAD, draw_lengths, measure_sharing
+from minipaged.request.sampling_params import SamplingParams
+
+MOONCAKE = Path(__file__).parents[2] / "shared" / "data" / "mooncake_conversation.jsonl"
+
+traces = st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=30)
+
+
+@given(trace=traces)
+def test_with_an_unbounded_pool_every_prefix_seen_before_is_a_hit(trace):
+    seen, hits = set(), 0
+    for blocks in trace:
+        prefixes = [tuple(blocks[: i + 1]) for i in range(len(blocks))]
+        hits += sum(prefix in seen for prefix in prefixes)
+        seen.update(prefixes)
+    result = replay(trace, None)
+    assert result.hits == hits
+    assert result.blocks == sum(map(len, trace))
+    assert result.evictions == 0
+
+
+@given(trace=traces, pool=st.integers(1, 30))
+def test_a_smaller_pool_never_finds_more(trace, pool):
+    result = replay(trace, pool)
+    assert result.hits <= replay(trace, None).hits
+    assert result.refused == sum(len(blocks) for blocks in trace if len(blocks) > pool)
+    assert 0 <= result.hit_rate <= 1
+
+
+@pytest.mark.skipif(not MOONCAKE.exists(), reason=f"the trace is not at {MOONCAKE.name}")
+def test_the_conversations_of_mooncake():
+    trace = read_block_trace(MOONCAKE)
+    result = replay(trace, None)
+    assert (result.requests, result.hits, result.blocks) == (12_031, 105_710, 288_500)
+    rates = [replay(trace, size).hit_rate for size in (1_000, 10_000, 50_000)]
+    assert rates == sorted(rates)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no request"),
+        ('{"hash_ids": [1]}\nnothing', "line 2 of .* is not"),
+        ('{"ids": [1]}', "line 1 of .* is not .*hash_ids"),
+        ('{"hash_ids": [1.5]}', "whole numbers"),
+        ('{"hash_ids": [-1]}', "0 or more"),
+        ("[1, 2]", "line 1"),
+    ],
+)
+def test_files_that_are_no_trace(tmp_path, text, message):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(text)
+    with pytest.raises(InvalidRequestError, match=message):
+        read_block_trace(path)
+    with pytest.raises(InvalidRequestError, match="cannot be read"):
+        read_block_trace(tmp_path / "missing")
+
+
+def test_lengths_have_the_mean_that_was_asked_for():
+    rng = np.random.default_rng(0)
+    lengths = draw_lengths(60.0, 20_000, 10_000, rng)
+    assert np.mean(lengths) == pytest.approx(60, rel=0.03)
+    assert np.std(np.log(lengths)) == pytest.approx(SPREAD, rel=0.05)
+    assert max(draw_lengths(60.0, 1000, 100, rng)) == 100
+
+
+def test_savings_are_those_of_the_block_tables():
+    """The same request by hand: three samples of 10 + 6 tokens in blocks of 4."""
+    request = Request((1,) * 10, {"n": 3, "max_tokens": 6, "ignore_eos": True})
+    workload = Workload((request,), 4, 40, 4, 16)
+    engine = workload.engine()
+    engine.add_request("0", request.prompt, SamplingParams(**request.params))
+    used = without = 0
+    engine.observers.append(lambda record: None)
+    while engine.has_unfinished_requests:
+        engine.step()
+        tables = engine.scheduler.manager.tables.values()
+        used += len({block for table in tables for block in table.blocks})
+        without += sum(len(table.blocks) for table in tables)
+    # 10: 3 shared thrice; 11 and 12: 2 shared, 3 own; 13 to 15: 2 shared, 6 own (15: freed)
+    assert (used, without) == (3 + 5 + 5 + 8 + 8, 9 + 9 + 9 + 12 + 12)
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "beam"])
+def test_wider_requests_save_more(decoding):
+    engine = load_engine("tiny", EngineOptions(num_blocks=600, max_num_seqs=40))
+    two, five = (measure_sharing(engine, "alpaca", decoding, w, 6, 0) for w in (2, 5))
+    assert 0 < two.saved < five.saved < 0.9
+    assert two.paper == (DATASETS["alpaca"].beam if decoding == "beam" else {2: "6.1"})[2]
+    assert engine.scheduler.manager.device.num_used == 0
+    with pytest.raises(ConfigurationError, match="no dataset 'pile'"):
+        measure_sharing(engine, "pile", decoding, 2, 1, 0)
+
+
+@pytest.mark.parametrize("budget", [16, 512])
+def test_latency_counts_every_gap(budget):
+    engine = load_engine(
+        "tiny", EngineOptions(num_blocks=100, max_num_seqs=8, max_num_batched_tokens=budget)
+    )
+    result = measure_latency(engine, long_prompt=100, num_decoding=3, num_tokens=10, seed=0)
+    assert result.budget == budget
+    assert 0 < result.median_ms <= result.p99_ms <= result.largest_ms
+    assert result.first_token_ms > 0
+    # With 16 tokens a step, 3 of them for those who decode, the prompt takes 8 steps.
+    assert engine.num_steps >= 8 + (8 if budget == 16 else 1)
+
+
+def test_json_of_a_replay(tmp_path):
+    from typer.testing import CliRunner
+
+    from minipaged.cli import app
+
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
+    trace.write_text('{"hash_ids": [1, 2]}\n{"hash_ids": [1, 3]}\n')
+    command = ["bench", "prefix-cache", "--trace", str(trace), "--pool-blocks", "2"]
+    result = CliRunner().invoke(app, [*command, "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    measurements = json.loads(out.read_text())["measurements"]
+    assert [m["hits"] for m in measurements] == [1, 1]
+    assert [m["pool_blocks"] for m in measurements] == [2, None]
