@@ -2,6 +2,8 @@
 
 import re
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pytest
 from hypothesis import given, settings
 from rich.console import Console
@@ -11,6 +13,9 @@ from strategies import Request, Workload, workloads
 from minipaged.engine.trace import StepRecord, TableRecord
 from minipaged.scheduling.step_plan import StepPlan
 from minipaged.visual import block_map as bm
+from minipaged.visual.beam_tree import beam_tree
+
+mpl.use("Agg")
 
 RUN = Workload(
     tuple(Request((1, 2, 3, i), {"max_tokens": 14, "ignore_eos": True}) for i in range(4)),
@@ -89,10 +94,23 @@ def test_many_sequences_have_names_of_their_own():
     assert [names[0], names[25], names[26], names[52]] == ["A", "Z", "a", "#52"]
 
 
-def test_the_figure_shows_every_block():
-    import matplotlib as mpl
+@settings(max_examples=25)
+@given(workload=workloads(crowded=True))
+def test_every_run_has_a_summary(workload):
+    """Swapped, shared, forked or dropped: whatever happened, there is a picture of it."""
+    trace, engine = record(workload)
+    text = text_of(bm.run_summary(trace))
+    assert ("moved to the host" in text) == (engine.scheduler.preemption.num_swaps > 0)
+    shared = any(step.num_shared_blocks for step in trace)
+    assert ("saved by" in text) == shared
+    assert ("prefix cache: " in text) == workload.prefix_caching
+    for request_id in trace.records[0].running:
+        assert "prompt" in text_of(beam_tree(trace, request_id, "prompt"))
+    bm.plot_block_map(trace.fullest)
+    plt.close("all")
 
-    mpl.use("Agg")
+
+def test_the_figure_shows_every_block():
     trace, _ = record(RUN)
     ax = bm.plot_block_map(trace.fullest)
     used = trace.fullest.num_used_blocks

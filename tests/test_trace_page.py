@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import string
 import subprocess
 
 import pytest
@@ -96,7 +97,7 @@ window.addEventListener("load", function () {
   function key(k) { root.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true})); }
   function note() {
     var cells = {};
-    root.querySelectorAll(".mp-block.used").forEach(function (cell) {
+    root.querySelectorAll('[data-part="pool"] .mp-block.used').forEach(function (cell) {
       cells[cell.dataset.block] = cell.dataset.owner;
     });
     seen.push([Number(root.dataset.step), cells]);
@@ -119,9 +120,37 @@ window.addEventListener("load", function () {
 """
 
 
+SHARING = Workload(
+    (
+        Request((1, 2, 3, 4, 5), {"n": 2, "max_tokens": 14, "ignore_eos": True}),
+        Request(
+            (1, 2, 3, 4, 6),
+            {
+                "best_of": 3,
+                "use_beam_search": True,
+                "temperature": 0.0,
+                "max_tokens": 14,
+                "ignore_eos": True,
+            },
+        ),
+    ),
+    block_size=2,
+    num_blocks=24,
+    max_num_seqs=8,
+    max_num_batched_tokens=12,
+    preemption="swap",
+    num_host_blocks=20,
+    prefix_caching=True,
+)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path to open the page with")
-def test_a_browser_steps_through_the_page(tmp_path):
-    trace, _ = record(RUN)
+@pytest.mark.parametrize("workload", [RUN, SHARING], ids=["plain", "sharing"])
+def test_a_browser_steps_through_the_page(tmp_path, workload):
+    trace, engine = record(workload)
+    if workload is SHARING:
+        assert engine.scheduler.preemption.num_swaps > 0
+        assert trace.saved_by_sharing > 0
     page = tmp_path / "trace.html"
     write_trace_html(trace, page)
     page.write_text(page.read_text("utf-8").replace("<body>", "<body>" + DRIVE), "utf-8")
@@ -140,6 +169,11 @@ def test_a_browser_steps_through_the_page(tmp_path):
     assert steps[:6] == [0, 1, 2, 1, 9, 4]
     assert steps[6] > 0, "play did not advance"
     for step, cells in result["seen"]:
-        tables = trace.records[step].tables
-        expected = {str(b): "ABCD"[t.seq_id] for t in tables for b in t.blocks}
-        assert cells == expected, f"step {step}"
+        expected = {}
+        for table in sorted(trace.records[step].device_tables):
+            for block in table.blocks:
+                letter = string.ascii_letters.swapcase()[table.seq_id]
+                expected[str(block)] = expected.get(str(block), "") + letter
+        for block, owners in expected.items():
+            assert cells.pop(block) == owners, f"step {step}, block {block}"
+        assert not cells, f"step {step}"

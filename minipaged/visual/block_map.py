@@ -136,7 +136,8 @@ def run_summary(trace: Trace) -> Group:
     """A finished run: the pool when it was fullest, and the last table of every sequence."""
     record = trace.fullest
     last = tuple(trace.last_tables().values())
-    names = letters(last)
+    # Beams that dropped out later are in the fullest step, and nowhere else.
+    names = letters(tuple({t.seq_id: t for t in (*record.tables, *last)}.values()))
     sharing = sharing_text(trace)
     return Group(
         Text(
