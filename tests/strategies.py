@@ -149,6 +149,10 @@ class Workload:
             check_output(request, outputs.get(i), request.expected(self.decoder, arrival))
         manager = engine.scheduler.manager
         assert manager.device.num_used == manager.host.num_used == 0
+        cache = manager.prefix_cache
+        if cache is not None and all(request.abort_at is None for request in self.requests):
+            # Every prompt is looked for once, however often it is preempted.
+            assert cache.num_queried_tokens == sum(len(r.prompt) for r in self.requests)
         assert not engine.has_unfinished_requests
         return engine
 

@@ -65,3 +65,8 @@ def test_rooms_import_only_from_rooms_below(path):
     for other in imported:
         if other in rooms:
             assert rooms.index(other) <= rooms.index(room), f"{path.name} imports {other}"
+
+
+def test_the_number_of_planted_bugs():
+    bugs = list((ROOT / "tests" / "planted_bugs").glob("*.toml"))
+    assert f"[{len(bugs)} small wrong versions]" in README

@@ -176,18 +176,20 @@ class BlockManager:
             return []
         return self.prefix_cache.find(token_ids, (len(token_ids) - 1) // self.block_size)
 
-    def adopt_prefix(self, seq_id: int, token_ids: Sequence[int]) -> int:
+    def adopt_prefix(self, seq_id: int, token_ids: Sequence[int], is_counted: bool = True) -> int:
         """Begin a sequence's table with the blocks of its known prefix; returns its tokens.
 
-        A cached block that nobody holds is a free block, and taken like one.
+        A cached block that nobody holds is a free block, and taken like one.  Counts as a query
+        unless told not to: what a sequence finds of itself after a preemption is no hit.
         """
         cache = self.prefix_cache
         if cache is None:
             return 0
         blocks = self.cached_prefix(token_ids)
         num_tokens = len(blocks) * self.block_size
-        cache.num_queried_tokens += len(token_ids)
-        cache.num_hit_tokens += num_tokens
+        if is_counted:
+            cache.num_queried_tokens += len(token_ids)
+            cache.num_hit_tokens += num_tokens
         if blocks:
             table = self.tables[seq_id] = BlockTable(self.block_size, self.device)
             for block in blocks:

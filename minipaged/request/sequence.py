@@ -102,9 +102,19 @@ class SequenceGroup:
     samples or beams of the request; those that end leave it.
     arrival: counts requests from 0.
     priority: 0 is the most urgent; how it bears on the order of service is `policy.py`'s.
+    was_recomputed: it lost its blocks to others at least once.
     """
 
-    __slots__ = ("arrival", "has_forked", "params", "priority", "request_id", "sequences", "status")
+    __slots__ = (
+        "arrival",
+        "has_forked",
+        "params",
+        "priority",
+        "request_id",
+        "sequences",
+        "status",
+        "was_recomputed",
+    )
 
     def __init__(
         self,
@@ -121,6 +131,7 @@ class SequenceGroup:
         self.priority = priority
         self.status = Status.WAITING
         self.has_forked = params.width == 1
+        self.was_recomputed = False
 
     @property
     def num_seats(self) -> int:

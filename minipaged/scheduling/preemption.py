@@ -91,3 +91,4 @@ def preempt_by_recomputation(group: SequenceGroup, manager: BlockManager) -> Non
         manager.free(sequence.seq_id)
         sequence.num_computed_tokens = 0
     group.status = Status.WAITING
+    group.was_recomputed = True

@@ -198,7 +198,9 @@ class Scheduler:
             saved = sum(manager.device.ref_count(block) > 0 for block in prefix)
             if needed - saved > free:
                 return False
-        first.num_computed_tokens = manager.adopt_prefix(first.seq_id, first.token_ids)
+        first.num_computed_tokens = manager.adopt_prefix(
+            first.seq_id, first.token_ids, is_counted=not group.was_recomputed
+        )
         return True
 
     def _blocks_to_catch_up(self, group: SequenceGroup) -> int:
