@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import event, example, given
 from strategies import CONTEXT, EOS, VOCAB, Request, Workload, tiny_decoder, workloads
@@ -202,6 +203,15 @@ def test_a_request_id_is_used_once_at_a_time():
     engine.add_request("a", [1])
     assert engine.abort("unknown") is None
     engine.abort("a")
+
+
+def test_prompts_may_be_arrays():
+    engine = engine_of()
+    engine.add_request("a", np.array([1, 2, 3]), SamplingParams(temperature=0, max_tokens=1))
+    (output,) = engine.step()
+    assert output.prompt_token_ids == [1, 2, 3]
+    with pytest.raises(InvalidRequestError, match=f"token {VOCAB} of prompt"):
+        engine.add_request("b", np.array([VOCAB]))
 
 
 def test_the_largest_request_that_fits_is_served():

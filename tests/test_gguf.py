@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minipaged.engine.naive import ContiguousCache
 from minipaged.errors import ModelLoadError
-from minipaged.models.config import ModelConfig
+from minipaged.models.config import ModelConfig, RopeConfig
 from minipaged.models.decoder import Decoder
 from minipaged.models.gguf_file import GGUFFile, neighbours_to_halves
 from minipaged.models.loader import load_decoder
@@ -103,6 +103,10 @@ def test_a_decoder_survives_the_format(decoder, file):
     loaded, _ = load_decoder(file)
     assert loaded.config.norm_eps == pytest.approx(CONFIG.norm_eps)  # float32 in the file
     assert dataclasses.replace(loaded.config, norm_eps=CONFIG.norm_eps) == CONFIG
+    # Plain numbers, though those of the file are numpy's.
+    assert {type(value) for value in vars(loaded.config).values()} <= (
+        {int, float, str, bool, tuple, RopeConfig, type(None)}
+    )
     tokens = torch.arange(30)
     torch.testing.assert_close(
         loaded(tokens, tokens, ContiguousCache().attend),

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
+import numpy as np
+
 from minipaged.decoding.stopping import end_tokens
 from minipaged.engine.branching import Branching
 from minipaged.engine.completion import Completion
@@ -182,7 +184,7 @@ class Engine:
                 )
             token_ids = self.tokenizer.encode(prompt)
         else:
-            token_ids = list(prompt)
+            token_ids = [int(t) if isinstance(t, np.integer) else t for t in prompt]
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; give it at least one token")
         for name, ids in (("prompt", token_ids), ("stop_token_ids", params.stop_token_ids)):

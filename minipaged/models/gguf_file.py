@@ -67,7 +67,7 @@ class GGUFFile:
             )
         return ModelConfig(
             family="llama",
-            vocab_size=self._tensors["token_embd.weight"].shape[1],
+            vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
             hidden_size=hidden,
             num_layers=self._get("block_count"),
             num_heads=heads,
