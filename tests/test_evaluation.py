@@ -86,7 +86,6 @@ def test_savings_are_those_of_the_block_tables():
     engine = workload.engine()
     engine.add_request("0", request.prompt, SamplingParams(**request.params))
     used = without = 0
-    engine.observers.append(lambda record: None)
     while engine.has_unfinished_requests:
         engine.step()
         tables = engine.scheduler.manager.tables.values()

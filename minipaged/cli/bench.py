@@ -93,9 +93,8 @@ def scheduler(
     from minipaged.evaluation.scheduler_cost import measure_scheduler
 
     sizes = num_seqs or [10, 100, 1000, 4000]
-    for name, value in (("--steps", steps), *(("--num-seqs", size) for size in sizes)):
-        if value < 1:
-            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+    _at_least_one("--steps", steps)
+    _at_least_one("--num-seqs", *sizes)
     costs = [measure_scheduler(size, steps) for size in sizes]
     report.show_scheduler(Console(highlight=False), costs)
     if json_file is not None:
@@ -114,10 +113,8 @@ def prefix_cache(
     from minipaged.evaluation import report
     from minipaged.evaluation.prefix_replay import read_block_trace, replay
 
-    sizes: list[int | None] = [*(pool_blocks or [1_000, 3_000, 10_000, 30_000, 50_000, 100_000])]
-    for size in sizes:
-        if size is not None and size < 1:
-            raise ConfigurationError(f"--pool-blocks is {size}; it must be at least 1")
+    sizes = pool_blocks or [1_000, 3_000, 10_000, 30_000, 50_000, 100_000]
+    _at_least_one("--pool-blocks", *sizes)
     requests = read_block_trace(trace)
     replays = [replay(requests, size) for size in (*sizes, None)]
     report.show_replays(Console(highlight=False), replays)
@@ -143,9 +140,8 @@ def sharing(
     from minipaged.evaluation.sharing import measure_sharing
 
     widths = width or [2, 4, 6]
-    for name, value in (("--num-requests", num_requests), *(("--width", w) for w in widths)):
-        if value < 1:
-            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+    _at_least_one("--num-requests", num_requests)
+    _at_least_one("--width", *widths)
     seqs = num_requests * max(widths)
     engine = load_engine(model, EngineOptions(block_size=block_size, max_num_seqs=seqs))
     runs = [
@@ -181,9 +177,8 @@ def latency(
     from minipaged.evaluation import report
     from minipaged.evaluation.latency import measure_latency
 
-    for name, value in (("--num-decoding", num_decoding), ("--tokens", tokens)):
-        if value < 1:
-            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+    _at_least_one("--num-decoding", num_decoding)
+    _at_least_one("--tokens", tokens)
     if threads:
         torch.set_num_threads(threads)
     latencies = []
@@ -196,3 +191,10 @@ def latency(
     report.show_latency(Console(highlight=False), latencies)
     if json_file is not None:
         report.write_json(json_file, latencies, model=model, dtype=dtype)
+
+
+def _at_least_one(name: str, *values: int) -> None:
+    """Refuse a count of 0 or less, by the name of its option."""
+    for value in values:
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1")

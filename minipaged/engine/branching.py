@@ -97,7 +97,6 @@ class Branching:
         """One step of a beam search: beams fork, go on, or let go of their blocks (section 4.4)."""
         search, beams = state.search, list(state.growing.values())
         assert search is not None
-        state.group.has_forked = True
         running, complete = search.step(logits)
         for candidate in complete:
             beam = beams[candidate.beam]
@@ -130,8 +129,12 @@ class Branching:
         """Free the blocks of a beam that does not go on, while others of its request do."""
         del state.growing[completion.sequence.seq_id]
         self.ended.append(completion.sequence.seq_id)
-        self.scheduler.drop(state.group, completion.sequence)
-        del self.owners[completion.sequence.seq_id]
+        self._take_out(state, completion.sequence)
+
+    def _take_out(self, state: RequestState, sequence: Sequence) -> None:
+        """Let a sequence leave its request, which goes on without it."""
+        self.scheduler.drop(state.group, sequence)
+        del self.owners[sequence.seq_id]
 
     def let_go(self, state: RequestState) -> None:
         """Free the blocks of the outputs that ended in this step."""
@@ -140,8 +143,7 @@ class Branching:
             return
         for sequence in list(state.group.sequences):
             if sequence.seq_id not in state.growing:
-                self.scheduler.drop(state.group, sequence)
-                del self.owners[sequence.seq_id]
+                self._take_out(state, sequence)
 
     def release(self, state: RequestState) -> None:
         """Free all blocks of a request that ended, or is aborted."""

@@ -77,12 +77,12 @@ class Completion:
                 self.finish_reason = "stop"
         return self._show()
 
-    def abort(self) -> str:
-        """End the output where it stands; returns the text that was held back until now."""
+    def abort(self) -> None:
+        """End the output where it stands, and show the text that was held back until now."""
         self.finish_reason = "abort"
         if self._detokenizer is not None:
             self._text += self._detokenizer.finish()
-        return self._show()
+        self._show()
 
     def _show(self) -> str:
         held_back = 0 if self.finish_reason else num_held_back(self.params)

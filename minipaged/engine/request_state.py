@@ -63,13 +63,13 @@ class RequestState:
             del self.growing[completion.sequence.seq_id]
         return ended
 
-    def abort(self) -> dict[SequenceId, str]:
-        """End all outputs where they stand; returns what texts grew by."""
-        texts = {seq_id: completion.abort() for seq_id, completion in self.growing.items()}
+    def abort(self) -> None:
+        """End all outputs where they stand."""
+        for completion in self.growing.values():
+            completion.abort()
         if self.search is not None:
             self.completions += self.growing.values()
         self.growing.clear()
-        return texts
 
     def ranked(self) -> list[Completion]:
         """The outputs, the best first where not all of them are returned.

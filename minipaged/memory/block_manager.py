@@ -155,7 +155,7 @@ class BlockManager:
         """All or nothing; blocks that the sequences share are moved once and stay shared."""
         moving = [seq_id for seq_id in seq_ids if seq_id in self.tables]
         tables = [self.tables[seq_id] for seq_id in moving]
-        target.check_available(len({block for table in tables for block in table.held_blocks}))
+        target.check_available(self.num_blocks_held(moving))
         moved: dict[BlockId, BlockId] = {}
         for seq_id, table in zip(moving, tables, strict=True):
             self._known.pop(seq_id, None)  # what it has on the other side is not known there

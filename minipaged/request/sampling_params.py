@@ -166,16 +166,22 @@ class SamplingParams:
                 f'early_stopping is {self.early_stopping!r}; it must be True, False or "never"'
             )
         self._check_range("length_penalty", -math.inf, math.inf, "1 is the mean log-probability")
-        refused = {"temperature": 0, "top_k": (0, -1), "top_p": 1, "min_p": 0, "stop": ((),)}
-        refused |= dict.fromkeys(("presence_penalty", "frequency_penalty"), 0)
-        refused |= {"repetition_penalty": 1}
-        for name, allowed in refused.items():
+        neutral: dict[str, tuple[Any, ...]] = {
+            "temperature": (0,),
+            "top_k": (0, -1),
+            "top_p": (1,),
+            "min_p": (0,),
+            "repetition_penalty": (1,),
+            "presence_penalty": (0,),
+            "frequency_penalty": (0,),
+            "stop": ((),),
+        }
+        for name, allowed in neutral.items():
             value = getattr(self, name)
-            if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
-                neutral = allowed[0] if isinstance(allowed, tuple) else allowed
+            if value not in allowed:
                 raise InvalidRequestError(
                     f"{name} is {value!r} with beam search, which scores the model's own "
-                    f"probabilities and draws nothing; set it to {neutral!r}"
+                    f"probabilities and draws nothing; set it to {allowed[0]!r}"
                 )
 
     def _check_range(

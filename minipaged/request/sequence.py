@@ -101,6 +101,8 @@ class SequenceGroup:
     It begins with one sequence, the prompt.  When the prompt is computed it forks into the
     samples or beams of the request; those that end leave it.
     arrival: counts requests from 0.
+    has_forked: its prompt became its samples; means nothing to a beam search, which forks at
+        every step.
     priority: 0 is the most urgent; how it bears on the order of service is `policy.py`'s.
     was_recomputed: it lost its blocks to others at least once.
     """

@@ -47,17 +47,16 @@ def branches(trace: Trace, request_id: RequestId) -> Branch | None:
         for table in record.tables:
             if root is None and table.request_id == request_id:
                 root = tips[table.seq_id] = Branch(table.seq_id, record.step, record.step)
+        split: dict[SequenceId, Branch] = {}  # what those who forked in this step had written
         for parent, child in record.forks:
             if parent not in tips:
                 continue
-            fork = tips[parent]
-            if fork.last_step == record.step and fork.num_tokens == 0 and fork is not root:
-                fork = _parent_of(root, fork)  # it forked in this very step already
-            else:
+            if parent not in split:
+                split[parent] = tips[parent]
                 tips[parent] = Branch(parent, record.step, record.step)
-                fork.children.append(tips[parent])
+                split[parent].children.append(tips[parent])
             tips[child] = Branch(child, record.step, record.step)
-            fork.children.append(tips[child])
+            split[parent].children.append(tips[child])
         for seq_id, text in record.new_text.items():
             if seq_id in tips:
                 tip = tips[seq_id]
@@ -74,17 +73,6 @@ def branches(trace: Trace, request_id: RequestId) -> Branch | None:
     if root is not None:
         _mark_survivors(root)
     return root
-
-
-def _parent_of(root: Branch | None, branch: Branch) -> Branch:
-    """The branch that this one hangs on."""
-    stack = [root] if root is not None else []
-    while stack:
-        candidate = stack.pop()
-        if any(child is branch for child in candidate.children):
-            return candidate
-        stack += candidate.children
-    raise ValueError("the branch is not in the tree")
 
 
 def _mark_survivors(branch: Branch) -> bool:

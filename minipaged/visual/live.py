@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -45,12 +44,7 @@ class StreamView:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.console.is_terminal:
             self._live.stop()
         for output in sorted(
