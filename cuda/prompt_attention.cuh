@@ -1,0 +1,148 @@
+// prompt_attention: causal attention of several new tokens of a sequence at a time.
+//
+// For whole prompts, chunks of them, and prompts of which a prefix was in the cache: the new
+// tokens are the last ones of their context.  A thread block takes a tile of ROWS rows, a row
+// being one query head of one new token; the heads that share a KV head are neighbours, so that
+// a tile of keys and values, read through the block table into shared memory, serves them all.
+// The softmax is the online one (FlashAttention, Dao et al. 2022).
+#pragma once
+
+#include "attention.cuh"
+
+constexpr int PROMPT_WARPS = 4;
+constexpr int PROMPT_THREADS = WARP_SIZE * PROMPT_WARPS;
+
+// Rows of queries and of keys in a tile; fewer where they are long, for want of shared memory.
+template <typename KV, int HEAD_SIZE>
+struct PromptTile {
+    static constexpr int ROWS = HEAD_SIZE * sizeof(KV) > 512 ? 16 : 32;
+    static constexpr int KEYS = ROWS;
+};
+
+template <typename T, typename KV, int HEAD_SIZE>
+size_t prompt_shared_bytes() {
+    using A = Accumulator<T>;
+    constexpr int ROWS = PromptTile<KV, HEAD_SIZE>::ROWS, KEYS = PromptTile<KV, HEAD_SIZE>::KEYS;
+    return ROWS * HEAD_SIZE * sizeof(T) + KEYS * HEAD_SIZE * sizeof(KV) +
+           (ROWS * KEYS + 3 * ROWS) * sizeof(A) + 96;
+}
+
+// Copies the keys (or values) of the tokens begin .. begin + KEYS - 1 to shared memory; those
+// from `end` on are never read, and are 0.
+template <typename T, typename KV, int HEAD_SIZE>
+__device__ void load_tile(const Attention<T, KV>& a, Global<const KV> array, int seq, int kv_head,
+                          int begin, int end, Shared<KV> tile) {
+    constexpr int CHUNK = Chunk<KV>::SIZE, CHUNKS = HEAD_SIZE / CHUNK;
+    constexpr int KEYS = PromptTile<KV, HEAD_SIZE>::KEYS;
+    for (int i = threadIdx.x; i < KEYS * CHUNKS; i += PROMPT_THREADS) {
+        const int token = begin + i / CHUNKS;
+        Chunk<KV> chunk = zero_chunk<KV>();
+        if (token < end)
+            chunk = load_chunk(array,
+                               a.token_offset(seq, token, kv_head) + int64_t(i % CHUNKS) * CHUNK);
+        for (int j = 0; j < CHUNK; j++) tile[i * CHUNK + j] = chunk.values[j];
+    }
+}
+
+// Grid: (tiles of the longest sequence, KV heads, seqs).  Threads: PROMPT_THREADS.
+template <typename T, typename KV, int HEAD_SIZE>
+__global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, KV> a) {
+    using A = Accumulator<T>;
+    constexpr int ROWS = PromptTile<KV, HEAD_SIZE>::ROWS, KEYS = PromptTile<KV, HEAD_SIZE>::KEYS;
+    constexpr int OUTPUTS = ROWS * HEAD_SIZE / PROMPT_THREADS;
+    static_assert(ROWS * HEAD_SIZE % PROMPT_THREADS == 0, "all threads have equally many outputs");
+    const int kv_head = blockIdx.y, seq = blockIdx.z, thread = threadIdx.x;
+    const int lane = thread % WARP_SIZE, warp = thread / WARP_SIZE;
+    const int start = a.query_starts[seq], num_queries = a.query_lengths[seq];
+    const int num_rows = num_queries * a.group(), first_row = blockIdx.x * ROWS;
+    if (first_row >= num_rows) return;  // the whole thread block, before its first barrier
+
+    // Row r of the tile is head r % group of query r / group; its position in the sequence:
+    const int computed = a.context_lengths[seq] - num_queries;
+    auto position = [&](int row) { return computed + (first_row + row) / a.group(); };
+    const int last_row = first_row + ROWS < num_rows ? ROWS - 1 : num_rows - 1 - first_row;
+    const int end = position(last_row) + 1;
+    const int begin = a.first_seen(position(0) + 1);
+
+    SharedMemory shared;
+    Shared<T> query = shared.array<T>(ROWS * HEAD_SIZE, "query");
+    Shared<KV> tile = shared.array<KV>(KEYS * HEAD_SIZE, "tile");  // keys, then values
+    Shared<A> weights = shared.array<A>(ROWS * KEYS, "weights");   // scores, then weights
+    Shared<A> largest = shared.array<A>(ROWS, "largest");
+    Shared<A> weight_sum = shared.array<A>(ROWS, "weight_sum");
+    Shared<A> correction = shared.array<A>(ROWS, "correction");
+
+    for (int i = thread; i < ROWS * HEAD_SIZE; i += PROMPT_THREADS) {
+        const int row = first_row + i / HEAD_SIZE;
+        if (row >= num_rows) {
+            query[i] = T(0.0f);
+            continue;
+        }
+        const int head = kv_head * a.group() + row % a.group();
+        query[i] = a.query[a.query_offset(start + row / a.group(), head) + i % HEAD_SIZE];
+    }
+    if (thread < ROWS) {
+        largest[thread] = minus_infinity<A>();
+        weight_sum[thread] = A(0);
+    }
+    // A thread has elements thread, thread + PROMPT_THREADS, ... of the output of the tile.
+    A output[OUTPUTS] = {};
+    auto row_of = [=](int o) { return (thread + o * PROMPT_THREADS) / HEAD_SIZE; };
+    auto element_of = [=](int o) { return (thread + o * PROMPT_THREADS) % HEAD_SIZE; };
+
+    for (int first_key = begin; first_key < end; first_key += KEYS) {
+        load_tile<T, KV, HEAD_SIZE>(a, a.keys, seq, kv_head, first_key, end, tile);
+        __syncthreads();
+
+        for (int i = thread; i < ROWS * KEYS; i += PROMPT_THREADS) {
+            const int row = i / KEYS, key = i % KEYS, distance = position(row) - first_key - key;
+            A score = minus_infinity<A>();
+            if (distance >= 0 && distance < a.window) {
+                score = 0;
+#pragma unroll 8
+                for (int j = 0; j < HEAD_SIZE; j++)
+                    score += A(T(query[row * HEAD_SIZE + j])) * A(KV(tile[key * HEAD_SIZE + j]));
+                score *= a.score_scale(kv_head);
+            }
+            weights[i] = score;
+        }
+        __syncthreads();
+
+        // A warp for each row, a lane for each key; meanwhile the values take the keys' place.
+        load_tile<T, KV, HEAD_SIZE>(a, a.values, seq, kv_head, first_key, end, tile);
+        for (int row = warp; row < ROWS; row += PROMPT_WARPS) {
+            const A score = lane < KEYS ? A(weights[row * KEYS + lane]) : minus_infinity<A>();
+            const A before = largest[row];
+            const A now = larger(before, largest_of_lanes(score, 1, WARP_SIZE));
+            const A weight = rescale(score, now);
+            const A sum = sum_over_lanes(weight, 1, WARP_SIZE);
+            if (lane < KEYS) weights[row * KEYS + lane] = weight;
+            __syncwarp();  // all lanes have read the row's maximum before it is overwritten
+            if (lane == 0) {
+                correction[row] = rescale(before, now);
+                weight_sum[row] = weight_sum[row] * rescale(before, now) + sum;
+                largest[row] = now;
+            }
+        }
+        __syncthreads();
+
+#pragma unroll
+        for (int o = 0; o < OUTPUTS; o++) output[o] *= correction[row_of(o)];
+#pragma unroll 1
+        for (int key = 0; key < KEYS; key++)
+#pragma unroll
+            for (int o = 0; o < OUTPUTS; o++)
+                output[o] += weights[row_of(o) * KEYS + key] *
+                             A(KV(tile[key * HEAD_SIZE + element_of(o)]));
+        __syncthreads();  // all are done with the values before the next keys come
+    }
+
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; o++) {
+        const int row = first_row + row_of(o);
+        if (row >= num_rows) break;
+        const int head = kv_head * a.group() + row % a.group();
+        a.output[a.output_offset(start + row / a.group(), head) + element_of(o)] =
+            T(output[o] / weight_sum[row_of(o)] * a.output_scale(kv_head));
+    }
+}
