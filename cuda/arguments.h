@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 // Elements in the memory of the device; the size is for checks on the CPU.
 struct Array {
@@ -15,7 +16,7 @@ enum class Type { float32, float16, bfloat16, float8, float64 };
 
 // See Attention in attention.cuh for the shapes.
 struct AttentionArguments {
-    const char* version;  // "step1" .. "step5", "v1", "v2", "prompt"
+    std::string version;  // "step1" .. "step5", "v1", "v2", "prompt"
     Type type, cache_type;
     Array output, query, keys, values, key_scales, value_scales;
     Array block_tables, context_lengths, query_starts, query_lengths;
@@ -24,7 +25,7 @@ struct AttentionArguments {
     int num_seqs, max_queries, max_context, heads, kv_heads, head_size, block_size, max_blocks;
     int window, splits, group;  // group: query heads computed together, by v1 and v2
     double scale;
-    void* stream;
+    uintptr_t stream;  // of CUDA; 0 is the default one
 };
 
 struct WriteArguments {
@@ -32,7 +33,7 @@ struct WriteArguments {
     Array key, value, keys, values, slots, key_scales, value_scales;
     int64_t key_stride, value_stride;
     int num_tokens, kv_heads, head_size;
-    void* stream;
+    uintptr_t stream;  // of CUDA; 0 is the default one
 };
 
 // Sizes and strides in chunks of 16 bytes.
@@ -40,7 +41,7 @@ struct CopyArguments {
     Array source, target, pairs;
     int64_t source_plane, source_block, target_plane, target_block, chunks;
     int num_pairs, num_planes;
-    void* stream;
+    uintptr_t stream;  // of CUDA; 0 is the default one
 };
 
 // Each returns without waiting for the GPU; throws std::runtime_error with what to do otherwise.

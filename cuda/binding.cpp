@@ -1,11 +1,9 @@
-// From tensors to the plain arguments of paged_attention.cu.  Includes nothing of CUDA, so that
-// any C++ compiler builds it against torch, for the GPU and for the CPU alike.
-#include <ATen/core/Tensor.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
+// Makes the launchers callable from Python, with a dictionary of the fields of their arguments.
+//
+// An array is given as (address, number of elements), so that this includes neither torch nor
+// CUDA; who calls it keeps the tensors alive until the launch has returned.
+#include <pybind11/pybind11.h>
 
-#include <map>
-#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -13,114 +11,112 @@
 
 namespace {
 
-Type type_of(const at::Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case at::kFloat: return Type::float32;
-        case at::kHalf: return Type::float16;
-        case at::kBFloat16: return Type::bfloat16;
-        case at::kFloat8_e4m3fn: return Type::float8;
-        case at::kDouble: return Type::float64;
-        default: throw std::runtime_error("the kernels know no tensors of this type");
+// Reads the fields of a dictionary; a field that is not there is 0.
+class Fields {
+public:
+    explicit Fields(const pybind11::dict& fields) : fields_(fields) {}
+
+    int64_t number(const char* name) const {
+        return fields_.contains(name) ? fields_[name].cast<int64_t>() : 0;
     }
+    double real(const char* name) const { return fields_[name].cast<double>(); }
+    std::string text(const char* name) const { return fields_[name].cast<std::string>(); }
+    Array array(const char* name) const {
+        if (!fields_.contains(name)) return {};
+        const auto pair = fields_[name].cast<pybind11::tuple>();
+        return {reinterpret_cast<void*>(pair[0].cast<uintptr_t>()), pair[1].cast<int64_t>()};
+    }
+    Type type(const char* name) const {
+        const std::string type = text(name);
+        if (type == "float32") return Type::float32;
+        if (type == "float16") return Type::float16;
+        if (type == "bfloat16") return Type::bfloat16;
+        if (type == "float8_e4m3fn") return Type::float8;
+        if (type == "float64") return Type::float64;
+        throw std::runtime_error("the kernels know no tensors of type " + type);
+    }
+
+private:
+    const pybind11::dict& fields_;
+};
+
+void attention(const pybind11::dict& fields) {
+    const Fields in(fields);
+    AttentionArguments x;
+    x.version = in.text("version");
+    x.type = in.type("type");
+    x.cache_type = in.type("cache_type");
+    x.output = in.array("output");
+    x.query = in.array("query");
+    x.keys = in.array("keys");
+    x.values = in.array("values");
+    x.key_scales = in.array("key_scales");
+    x.value_scales = in.array("value_scales");
+    x.block_tables = in.array("block_tables");
+    x.context_lengths = in.array("context_lengths");
+    x.query_starts = in.array("query_starts");
+    x.query_lengths = in.array("query_lengths");
+    x.workspace = in.array("workspace");
+    x.query_stride = in.number("query_stride");
+    x.num_seqs = in.number("num_seqs");
+    x.max_queries = in.number("max_queries");
+    x.max_context = in.number("max_context");
+    x.heads = in.number("heads");
+    x.kv_heads = in.number("kv_heads");
+    x.head_size = in.number("head_size");
+    x.block_size = in.number("block_size");
+    x.max_blocks = in.number("max_blocks");
+    x.window = in.number("window");
+    x.splits = in.number("splits");
+    x.group = in.number("group");
+    x.scale = in.real("scale");
+    x.stream = in.number("stream");
+    run_attention(x);
 }
 
-// The address and the number of elements from there to the end of the tensor's memory.
-Array array(const at::Tensor& tensor) {
-    const int64_t all = tensor.storage().nbytes() / tensor.element_size();
-    return {tensor.data_ptr(), all - tensor.storage_offset()};
+void write_cache(const pybind11::dict& fields) {
+    const Fields in(fields);
+    WriteArguments x;
+    x.type = in.type("type");
+    x.cache_type = in.type("cache_type");
+    x.key = in.array("key");
+    x.value = in.array("value");
+    x.keys = in.array("keys");
+    x.values = in.array("values");
+    x.slots = in.array("slots");
+    x.key_scales = in.array("key_scales");
+    x.value_scales = in.array("value_scales");
+    x.key_stride = in.number("key_stride");
+    x.value_stride = in.number("value_stride");
+    x.num_tokens = in.number("num_tokens");
+    x.kv_heads = in.number("kv_heads");
+    x.head_size = in.number("head_size");
+    x.stream = in.number("stream");
+    run_write(x);
 }
 
-Array array(const std::optional<at::Tensor>& tensor) {
-    return tensor ? array(*tensor) : Array();
+void copy_cache(const pybind11::dict& fields) {
+    const Fields in(fields);
+    CopyArguments x;
+    x.source = in.array("source");
+    x.target = in.array("target");
+    x.pairs = in.array("pairs");
+    x.source_plane = in.number("source_plane");
+    x.source_block = in.number("source_block");
+    x.target_plane = in.number("target_plane");
+    x.target_block = in.number("target_block");
+    x.chunks = in.number("chunks");
+    x.num_pairs = in.number("num_pairs");
+    x.num_planes = in.number("num_planes");
+    x.stream = in.number("stream");
+    run_copy(x);
 }
 
 }  // namespace
 
-// See Attention in attention.cuh for the shapes; the query and the new keys and values may be
-// rows of a wider tensor, everything else is contiguous.
-void attention(const std::string& version, at::Tensor output, at::Tensor query, at::Tensor keys,
-               at::Tensor values, at::Tensor block_tables, at::Tensor context_lengths,
-               at::Tensor query_starts, at::Tensor query_lengths, int max_queries, int max_context,
-               int window, double scale, int group, int splits, std::optional<at::Tensor> workspace,
-               std::optional<at::Tensor> key_scales, std::optional<at::Tensor> value_scales,
-               int64_t stream) {
-    AttentionArguments x;
-    x.version = version.c_str();
-    x.type = type_of(query);
-    x.cache_type = type_of(keys);
-    x.output = array(output);
-    x.query = array(query);
-    x.keys = array(keys);
-    x.values = array(values);
-    x.key_scales = array(key_scales);
-    x.value_scales = array(value_scales);
-    x.block_tables = array(block_tables);
-    x.context_lengths = array(context_lengths);
-    x.query_starts = array(query_starts);
-    x.query_lengths = array(query_lengths);
-    x.workspace = array(workspace);
-    x.query_stride = query.stride(0);
-    x.num_seqs = context_lengths.size(0);
-    x.max_queries = max_queries;
-    x.max_context = max_context;
-    x.heads = query.size(1);
-    x.kv_heads = keys.size(2);
-    x.head_size = query.size(2);
-    x.block_size = keys.size(1);
-    x.max_blocks = block_tables.size(1);
-    x.window = window;
-    x.splits = splits;
-    x.group = group;
-    x.scale = scale;
-    x.stream = reinterpret_cast<void*>(stream);
-    run_attention(x);
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    m.def("attention", &attention);
+    m.def("write_cache", &write_cache);
+    m.def("copy_cache", &copy_cache);
+    m.def("seed_emulator", &seed_emulator);
 }
-
-void write_cache(at::Tensor key, at::Tensor value, at::Tensor keys, at::Tensor values,
-                 at::Tensor slots,
-           std::optional<at::Tensor> key_scales, std::optional<at::Tensor> value_scales,
-           int64_t stream) {
-    WriteArguments x;
-    x.type = type_of(key);
-    x.cache_type = type_of(keys);
-    x.key = array(key);
-    x.value = array(value);
-    x.keys = array(keys);
-    x.values = array(values);
-    x.slots = array(slots);
-    x.key_scales = array(key_scales);
-    x.value_scales = array(value_scales);
-    x.key_stride = key.stride(0);
-    x.value_stride = value.stride(0);
-    x.num_tokens = key.size(0);
-    x.kv_heads = key.size(1);
-    x.head_size = key.size(2);
-    x.stream = reinterpret_cast<void*>(stream);
-    run_write(x);
-}
-
-// Pools of [planes, blocks, ...] or, with `block` and `plane` the other way round, their strides
-// in elements; a piece is a block's part of a plane.
-void copy_cache(at::Tensor source, at::Tensor target, at::Tensor pairs, int64_t source_plane,
-          int64_t source_block, int64_t target_plane, int64_t target_block, int64_t piece,
-          int num_planes, int64_t stream) {
-    const int64_t chunk = 16 / source.element_size();
-    if (piece % chunk || source_plane % chunk || source_block % chunk || target_plane % chunk ||
-        target_block % chunk)
-        throw std::runtime_error("a block's keys in a layer must be a multiple of 16 bytes");
-    CopyArguments x;
-    x.source = {source.data_ptr(), source.numel() / chunk};
-    x.target = {target.data_ptr(), target.numel() / chunk};
-    x.pairs = array(pairs);
-    x.source_plane = source_plane / chunk;
-    x.source_block = source_block / chunk;
-    x.target_plane = target_plane / chunk;
-    x.target_block = target_block / chunk;
-    x.chunks = piece / chunk;
-    x.num_pairs = pairs.size(0);
-    x.num_planes = num_planes;
-    x.stream = reinterpret_cast<void*>(stream);
-    run_copy(x);
-}
-
-void set_seed(uint64_t seed) { seed_emulator(seed); }

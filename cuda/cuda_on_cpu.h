@@ -23,7 +23,7 @@
 #include <cuda_runtime.h>
 
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+    kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
 template <typename T>
 using Global = T*;  // an array in the memory of the GPU

@@ -100,7 +100,7 @@ void run_decode(const AttentionArguments& x) {
     const int group = x.heads / x.kv_heads, parts = (group + GROUP - 1) / GROUP;
     const size_t bytes = WarpPartials<A, HEAD_SIZE, GROUP>::bytes();
     const int threads = WARP_SIZE * DECODE_WARPS;
-    if (std::string(x.version) == "v1") {
+    if (x.version == "v1") {
         auto kernel = paged_attention_v1<T, KV, HEAD_SIZE, GROUP>;
         LAUNCH_WITH(*kernel, dim3(x.kv_heads * parts, x.num_seqs), threads, bytes);
         return;

@@ -49,8 +49,8 @@ template <typename T, typename KV, int HEAD_SIZE>
 __global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, KV> a) {
     using A = Accumulator<T>;
     constexpr int ROWS = PromptTile<KV, HEAD_SIZE>::ROWS, KEYS = PromptTile<KV, HEAD_SIZE>::KEYS;
-    constexpr int OUTPUTS = ROWS * HEAD_SIZE / PROMPT_THREADS;
-    static_assert(ROWS * HEAD_SIZE % PROMPT_THREADS == 0, "all threads have equally many outputs");
+    constexpr int OUTPUTS = (ROWS * HEAD_SIZE + PROMPT_THREADS - 1) / PROMPT_THREADS;
+    static_assert(ROWS <= WARP_SIZE && KEYS <= WARP_SIZE, "a lane for each key of a row");
     const int kv_head = blockIdx.y, seq = blockIdx.z, thread = threadIdx.x;
     const int lane = thread % WARP_SIZE, warp = thread / WARP_SIZE;
     const int start = a.query_starts[seq], num_queries = a.query_lengths[seq];
@@ -87,7 +87,10 @@ __global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, 
     }
     // A thread has elements thread, thread + PROMPT_THREADS, ... of the output of the tile.
     A output[OUTPUTS] = {};
-    auto row_of = [=](int o) { return (thread + o * PROMPT_THREADS) / HEAD_SIZE; };
+    auto row_of = [=](int o) {  // the last row again where there is nothing left
+        const int row = (thread + o * PROMPT_THREADS) / HEAD_SIZE;
+        return row < ROWS ? row : ROWS - 1;
+    };
     auto element_of = [=](int o) { return (thread + o * PROMPT_THREADS) % HEAD_SIZE; };
 
     for (int first_key = begin; first_key < end; first_key += KEYS) {
@@ -140,7 +143,7 @@ __global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, 
 #pragma unroll
     for (int o = 0; o < OUTPUTS; o++) {
         const int row = first_row + row_of(o);
-        if (row >= num_rows) break;
+        if (row >= num_rows || thread + o * PROMPT_THREADS >= ROWS * HEAD_SIZE) break;
         const int head = kv_head * a.group() + row % a.group();
         a.output[a.output_offset(start + row / a.group(), head) + element_of(o)] =
             T(output[o] / weight_sum[row_of(o)] * a.output_scale(kv_head));

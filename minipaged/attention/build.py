@@ -1,0 +1,184 @@
+"""Compiles the sources in cuda/ when they are first needed, and loads the result.
+
+Through torch.utils.cpp_extension.load_inline, into a folder named after everything that the
+result depends on, so that it happens once.  Importing this file compiles nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import cpp_extension
+
+from minipaged.errors import ConfigurationError
+
+logger = logging.getLogger("minipaged")
+
+SOURCES = Path(__file__).parents[2] / "cuda"
+
+CPP_TYPES = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.float16: "half_t",
+    torch.bfloat16: "bfloat16_t",
+}
+
+
+def find_compiler() -> str:
+    """The C++ compiler that torch will call; raises ConfigurationError where there is none."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise ConfigurationError(
+            f"found no C++ compiler {compiler!r} to compile the attention with; install g++ or "
+            'clang++ (or name one in CXX), or choose attention "torch"'
+        )
+    if shutil.which("ninja") is None:
+        raise ConfigurationError(
+            "found no ninja, which torch compiles with; `pip install ninja`, or choose attention "
+            '"torch"'
+        )
+    return compiler
+
+
+def find_nvcc() -> None:
+    """Raises ConfigurationError unless there is a GPU, and an nvcc that fits torch."""
+    find_compiler()
+    if not torch.cuda.is_available():
+        raise ConfigurationError(
+            'attention "cuda" needs an NVIDIA GPU and a torch built for CUDA; choose "native", '
+            '"torch", or "emulated" to run the kernels on the CPU'
+        )
+    if cpp_extension.CUDA_HOME is None:
+        wanted = ".".join(str(torch.version.cuda).split(".")[:2])
+        raise ConfigurationError(
+            "found no nvcc to compile the kernels with; install the CUDA toolkit that fits torch "
+            f'(`pip install "cuda-toolkit[nvcc,cudart,cccl]=={wanted}.*"`) or set CUDA_HOME'
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise ConfigurationError(
+            f"the kernels need a GPU of compute capability 8.0 or later, and this one has "
+            f'{major}.{minor}; choose attention "torch"'
+        )
+
+
+def head_size_fits(head_size: int, dtype: torch.dtype) -> None:
+    """Raises ConfigurationError for heads that cannot be read 16 bytes at a time."""
+    if dtype not in CPP_TYPES:
+        raise ConfigurationError(
+            f"there is no kernel for {dtype}; choose one of {', '.join(map(str, CPP_TYPES))}"
+        )
+    if head_size * dtype.itemsize % 16 or head_size > 256:
+        raise ConfigurationError(
+            f"there is no kernel for heads of {head_size} elements of {dtype}: they must be a "
+            'multiple of 16 bytes and at most 256; choose attention "torch"'
+        )
+
+
+@functools.cache
+def emulated_kernels(
+    dtypes: tuple[torch.dtype, ...],
+    head_sizes: tuple[int, ...],
+    checked: bool = True,
+    sources: Path = SOURCES,
+) -> Any:
+    """The kernels for these types and head sizes, compiled for the CPU (cuda_on_cpu.h)."""
+    find_compiler()
+    # longjmp from one stack to another is what _FORTIFY_SOURCE forbids.
+    flags = ["-O2", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", *_instances(dtypes, head_sizes)]
+    if not checked:
+        flags.append("-DUNCHECKED")
+    return load(
+        "minipaged_emulated",
+        [sources / "paged_attention.cu", sources / "binding.cpp"],
+        flags,
+    )
+
+
+@functools.cache
+def cuda_kernels(dtypes: tuple[torch.dtype, ...], head_sizes: tuple[int, ...]) -> Any:
+    """The kernels for these types and head sizes, compiled for the GPU of this machine."""
+    find_nvcc()
+    flags = ["-O3", "--expt-relaxed-constexpr", *_instances(dtypes, head_sizes)]
+    return load(
+        "minipaged_cuda",
+        [SOURCES / "binding.cpp"],
+        ["-O2"],
+        cuda_sources=[SOURCES / "paged_attention.cu"],
+        cuda_flags=flags,
+    )
+
+
+def _instances(dtypes: Sequence[torch.dtype], head_sizes: Sequence[int]) -> list[str]:
+    """What paged_attention.cu is to compile."""
+    types = ",".join(CPP_TYPES[dtype] for dtype in dtypes)
+    return [f"-DNUMBER_TYPES={types}", f"-DHEAD_SIZES={','.join(map(str, head_sizes))}"]
+
+
+def load(
+    name: str,
+    sources: Sequence[Path],
+    flags: Sequence[str],
+    cuda_sources: Sequence[Path] = (),
+    cuda_flags: Sequence[str] = (),
+) -> Any:
+    """The Python module that these sources define, compiled unless it was before."""
+    files = [*sources, *cuda_sources]
+    if missing := [str(path) for path in files if not path.exists()]:
+        raise ConfigurationError(
+            f"found no {missing[0]}: the kernels are compiled from the project's own tree; "
+            "install it from there with `pip install --editable .`"
+        )
+    folder = _build_folder(name, files, [*flags, *cuda_flags])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "in_use", "w") as lock:
+        # One process compiles, the others wait; the system lets go of it if that one dies.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)  # torch's own, which a killed process leaves
+        start = time.perf_counter()
+        if not list(folder.glob("*.so")):
+            logger.info("compiling %s; this takes a minute, once", name)
+        try:
+            module = cpp_extension.load_inline(
+                name,
+                cpp_sources=[path.read_text() for path in sources],
+                cuda_sources=[path.read_text() for path in cuda_sources],
+                extra_cflags=list(flags),
+                extra_cuda_cflags=list(cuda_flags),
+                extra_include_paths=[str(sources[0].parent)],
+                build_directory=str(folder),
+                no_implicit_headers=True,
+            )
+        except (RuntimeError, OSError) as error:
+            raise ConfigurationError(
+                f"the compiler could not build {name}; choose attention "
+                f'"torch", or mend what it says:\n{error}'
+            ) from error
+        logger.debug("%s was ready after %.1f s", name, time.perf_counter() - start)
+    return module
+
+
+def _build_folder(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """A folder for exactly these sources, flags, compiler, processor and torch."""
+    everything = hashlib.blake2b(digest_size=8)
+    headers = sorted(
+        path for path in sources[0].parent.rglob("*") if path.suffix in (".h", ".cuh")
+    )
+    for path in [*sources, *headers]:
+        everything.update(path.read_bytes())
+    parts = [*flags, torch.__version__, platform.python_version(), platform.machine()]
+    parts += [os.environ.get("CXX", "c++"), torch.backends.cpu.get_cpu_capability()]
+    everything.update("\0".join(map(str, parts)).encode())
+    home = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "minipaged")
+    return Path(home) / f"{name}_{everything.hexdigest()}"

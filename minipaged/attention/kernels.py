@@ -1,0 +1,186 @@
+"""The kernels of cuda/ as an attention of the engine: on a GPU, or emulated on the CPU.
+
+Sequences with one new token go to a decoding kernel (v1, or v2 where the context is split),
+those with several to the prompt kernel; they read the blocks where they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minipaged.attention import build
+from minipaged.attention.batch import PagedAttention, PagedBatch
+
+DECODING = ("step1", "step2", "step3", "step4", "step5", "v1", "v2")
+
+# Types of cache and queries, and the size of the heads, to the compiled functions.
+Compile = Callable[[tuple[torch.dtype, ...], tuple[int, ...]], Any]
+
+
+Arguments = dict[str, Any]  # fields of a struct in cuda/arguments.h
+
+
+def array(tensor: Tensor) -> tuple[int, int]:
+    """Address of a tensor, and the number of elements from there to the end of its memory."""
+    size = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
+    return tensor.data_ptr(), size
+
+
+def type_name(tensor: Tensor) -> str:
+    """The name of its type without "torch."."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+class Launch:
+    """One decoding or prompt kernel over some of the sequences of a step.
+
+    version: a name in DECODING, or "prompt".
+    splits: parts that v2 cuts each context into.
+    """
+
+    def __init__(
+        self, batch: PagedBatch, seqs: np.ndarray, version: str, device: torch.device, splits: int
+    ) -> None:
+        columns = (
+            batch.block_tables,
+            batch.context_lengths,
+            batch.query_starts[:-1],
+            batch.query_lengths,
+        )
+        # The tensors, which have to live as long as their addresses are used.
+        self._arrays = [torch.from_numpy(c[seqs].astype(np.int32)).to(device) for c in columns]
+        names = ("block_tables", "context_lengths", "query_starts", "query_lengths")
+        self._version, self._splits, self._num_seqs = version, splits, len(seqs)
+        self._arguments: Arguments = dict(zip(names, map(array, self._arrays), strict=True))
+        self._arguments |= {
+            "version": version,
+            "splits": splits,
+            "num_seqs": len(seqs),
+            "max_blocks": batch.block_tables.shape[1],
+            "max_queries": int(batch.query_lengths[seqs].max()),
+            "max_context": int(batch.context_lengths[seqs].max()),
+            "window": batch.window or 0,
+            "block_size": batch.block_size,
+        }
+
+    def run(
+        self,
+        kernels: Any,
+        output: Tensor,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scales: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Write the rows of these sequences into `output`; scales: of an 8-bit cache."""
+        _, heads, head_dim = query.shape
+        kv_heads = keys.shape[2]
+        arguments = self._arguments | {
+            "output": array(output),
+            "query": array(query),
+            "keys": array(keys),
+            "values": array(values),
+            "type": type_name(query),
+            "cache_type": type_name(keys),
+            "query_stride": query.stride(0),
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_size": head_dim,
+            "group": heads // kv_heads,
+            "scale": 1 / math.sqrt(head_dim),
+            "stream": stream_of(query),
+        }
+        if scales is not None:
+            arguments |= {"key_scales": array(scales[0]), "value_scales": array(scales[1])}
+        if self._version == "v2":
+            accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
+            places = self._num_seqs * heads * self._splits
+            workspace = query.new_empty(places * (head_dim + 2), dtype=accumulator)
+            arguments["workspace"] = array(workspace)
+        kernels.attention(arguments)
+
+
+def stream_of(tensor: Tensor) -> int:
+    """Address of the CUDA stream that this tensor's device works on; 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def contiguous_heads(query: Tensor) -> Tensor:
+    """The tensor itself if each token's heads lie next to each other, as they do in a slice."""
+    _, heads, head_dim = query.shape
+    if query.stride(2) == 1 and (heads == 1 or query.stride(1) == head_dim):
+        return query
+    return query.contiguous()
+
+
+class KernelAttention:
+    """Prepares the launches of each step.
+
+    decode, prompt: the kernels for sequences with one and with several new tokens; by default
+        v1, or v2 where v1 would leave most of the GPU without work.
+    """
+
+    def __init__(
+        self,
+        compile_kernels: Compile,
+        device: str = "cpu",
+        decode: str | None = None,
+        prompt: str = "prompt",
+        splits: int | None = None,
+    ) -> None:
+        self._compile = functools.cache(
+            lambda dtype, head_size: compile_kernels((dtype,), (head_size,))
+        )
+        self.device = torch.device(device)
+        self.decode, self.prompt, self.splits = decode, prompt, splits
+
+    def kernels(self, dtype: torch.dtype, head_size: int) -> Any:
+        """The functions compiled for this type and size, at the first call for it."""
+        build.head_size_fits(head_size, dtype)
+        return self._compile(dtype, head_size)
+
+    def __call__(self, batch: PagedBatch) -> PagedAttention:
+        single = batch.query_lengths == 1
+        parts = ((np.flatnonzero(single), True), (np.flatnonzero(~single), False))
+        launches: list[Launch] = []
+
+        def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            if not launches:  # the first layer of the step
+                for seqs, decoding in parts:
+                    if len(seqs):
+                        launches.append(self._launch(batch, seqs, decoding, keys.shape[2]))
+            kernels = self.kernels(query.dtype, query.shape[2])
+            query = contiguous_heads(query)
+            output = query.new_empty(query.shape)
+            for launch in launches:
+                launch.run(kernels, output, query, keys, values)
+            return output
+
+        return attention
+
+    def _launch(
+        self, batch: PagedBatch, seqs: np.ndarray, decoding: bool, kv_heads: int
+    ) -> Launch:
+        version, splits = self.prompt, 1
+        if decoding:
+            blocks = int(batch.context_lengths[seqs].max()) // batch.block_size
+            splits = self.splits or self._splits(len(seqs) * kv_heads, blocks)
+            version = self.decode or ("v2" if splits > 1 else "v1")
+        return Launch(batch, seqs, version, self.device, splits)
+
+    def _splits(self, thread_blocks: int, blocks: int) -> int:
+        """Parts of each context, so that there are a few thread blocks for every processor.
+
+        Each part is at least 16 KV blocks, four for each warp: adding up costs time as well.
+        """
+        if self.device.type != "cuda":
+            return 1
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return max(1, min(4 * processors // thread_blocks, blocks // 16))
