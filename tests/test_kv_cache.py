@@ -95,7 +95,7 @@ def test_size_in_bytes(dtype):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_swapping_on_a_gpu_keeps_the_contents():
-    """Pinned host memory and a stream of its own; the model overwrites the blocks at once."""
+    """From pinned host memory and back; the model overwrites the blocks at once."""
     shape = dataclasses.replace(SHAPE, num_blocks=64, num_host_blocks=64)
     cache = KVCache(shape, torch.float32, device="cuda")
     cache._device.normal_()

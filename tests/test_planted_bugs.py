@@ -2,6 +2,9 @@
 
 A bug is data (planted_bugs/*.toml): the file, the old text and the new, the theorem it breaks
 and the tests that must fail.  Each is planted in a copy of the package, and the tests run there.
+
+A bug in cuda/ is planted in a copy of the kernels, which are compiled with it and checked as in
+test_kernels.py; its file also says which kernel that is, and in what words it must be reported.
 """
 
 import os
@@ -12,6 +15,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_kernels
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipaged.attention import build
+from minipaged.memory.block_table import BlockCopy
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,10 +37,9 @@ BUGS = {
 
 def plant(bug, directory):
     """A copy of the package with the bug in it."""
-    package = directory / "minipaged"
-    shutil.copytree(
-        ROOT / "minipaged", package, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
-    )
+    folder = Path(bug["file"]).parts[0]
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    shutil.copytree(ROOT / folder, directory / folder, ignore=ignored)
     file = directory / bug["file"]
     text = file.read_text("utf-8")
     for edit in bug["edits"]:
@@ -60,7 +69,7 @@ def run_tests(tests, directory):
     )
 
 
-@pytest.mark.parametrize("name", BUGS)
+@pytest.mark.parametrize("name", [name for name in BUGS if "tests" in BUGS[name]])
 def test_a_planted_bug_is_caught(name, tmp_path):
     bug = BUGS[name]
     plant(bug, tmp_path)
@@ -70,9 +79,49 @@ def test_a_planted_bug_is_caught(name, tmp_path):
         assert result.returncode == 1, f"{test} did not catch it:\n{result.stdout[-2000:]}"
 
 
+def check_kernel(name):
+    """What test_kernels.py checks of a kernel, but not for the smallest example that fails."""
+
+    @settings(settings.get_profile("planted"))
+    @given(case=test_kernels.exact_cases(), splits=st.integers(1, 5))
+    def check(case, splits):
+        if name == "prompt":
+            test_kernels.check_exactly(case)
+        else:
+            case = test_kernels.only_decoding(case)
+            test_kernels.check_exactly(case, decode=name, splits=splits)
+
+    if name == "copies":
+        test_kernels.check_copies([BlockCopy(0, 3), BlockCopy(1, 2)])
+    elif name == "offsets":
+        test_kernels.test_a_cache_of_more_than_2_to_the_31_elements()
+    else:
+        check()
+
+
+@pytest.mark.parametrize("name", [name for name in BUGS if "kernel" in BUGS[name]])
+def test_a_planted_bug_of_a_kernel_is_reported(name, tmp_path, monkeypatch):
+    bug = BUGS[name]
+    plant(bug, tmp_path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
+
+    def exact(*_):
+        return build.emulated_kernels(
+            (torch.float64,), test_kernels.EXACT_SIZES, sources=tmp_path / "cuda"
+        )
+
+    def typed(*_):
+        return build.emulated_kernels((torch.bfloat16,), (64,), sources=tmp_path / "cuda")
+
+    monkeypatch.setattr(test_kernels, "exact_kernels", exact)
+    monkeypatch.setattr(test_kernels, "typed_kernels", typed)
+    with pytest.raises((RuntimeError, AssertionError), match=bug["report"]):
+        check_kernel(bug["kernel"])
+
+
 def test_the_same_tests_pass_without_a_bug(tmp_path):
     plant({"file": "minipaged/__init__.py", "edits": []}, tmp_path)
-    tests = dict.fromkeys(test for bug in BUGS.values() for test in bug["tests"])
+    tests = dict.fromkeys(test for bug in BUGS.values() for test in bug.get("tests", ()))
     result = run_tests(tests, tmp_path)
     assert result.returncode == 0, result.stdout[-2000:]
 
@@ -81,8 +130,9 @@ def test_every_bug_says_what_it_breaks():
     assert len(BUGS) >= 20
     for name, bug in BUGS.items():
         assert re.fullmatch(r"T\d+", bug["theorem"]), name
-        assert set(bug) == {"title", "theorem", "file", "tests", "edits"}, name
+        checked = {"kernel", "report"} if bug["file"].startswith("cuda/") else {"tests"}
+        assert set(bug) == {"title", "theorem", "file", "edits"} | checked, name
         assert (ROOT / bug["file"]).exists(), name
         for edit in bug["edits"]:
             assert edit["old"] != edit["new"], name
-    assert {bug["theorem"] for bug in BUGS.values()} >= {f"T{i}" for i in range(1, 8)}
+    assert {bug["theorem"] for bug in BUGS.values()} >= {f"T{i}" for i in range(1, 9)}

@@ -96,7 +96,13 @@ def emulated_kernels(
     """The kernels for these types and head sizes, compiled for the CPU (cuda_on_cpu.h)."""
     find_compiler()
     # longjmp from one stack to another is what _FORTIFY_SOURCE forbids.
-    flags = ["-O2", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", *_instances(dtypes, head_sizes)]
+    flags = [
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-Wno-unknown-pragmas",
+        "-fvisibility=hidden",
+        *_instances(dtypes, head_sizes),
+    ]
     if not checked:
         flags.append("-DUNCHECKED")
     return load(
@@ -172,9 +178,7 @@ def load(
 def _build_folder(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     """A folder for exactly these sources, flags, compiler, processor and torch."""
     everything = hashlib.blake2b(digest_size=8)
-    headers = sorted(
-        path for path in sources[0].parent.rglob("*") if path.suffix in (".h", ".cuh")
-    )
+    headers = sorted(path for path in sources[0].parent.rglob("*") if path.suffix in (".h", ".cuh"))
     for path in [*sources, *headers]:
         everything.update(path.read_bytes())
     parts = [*flags, torch.__version__, platform.python_version(), platform.machine()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minipaged.attention import build
 from minipaged.attention.batch import PagedAttention, PagedBatch
+from minipaged.errors import ConfigurationError
 
 DECODING = ("step1", "step2", "step3", "step4", "step5", "v1", "v2")
 
@@ -30,7 +31,7 @@ Arguments = dict[str, Any]  # fields of a struct in cuda/arguments.h
 def array(tensor: Tensor) -> tuple[int, int]:
     """Address of a tensor, and the number of elements from there to the end of its memory."""
     size = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
-    return tensor.data_ptr(), size
+    return tensor.data_ptr(), int(size)
 
 
 def type_name(tensor: Tensor) -> str:
@@ -120,11 +121,34 @@ def contiguous_heads(query: Tensor) -> Tensor:
     return query.contiguous()
 
 
+def check_contexts(batch: PagedBatch) -> None:
+    """Raises ValueError for a sequence without tokens, of which no softmax can be taken."""
+    for seq in np.flatnonzero(batch.context_lengths < np.maximum(batch.query_lengths, 1)):
+        raise ValueError(
+            f"sequence {seq} has a context of {batch.context_lengths[seq]} tokens and "
+            f"{batch.query_lengths[seq]} new ones; the new ones count as context, at least 1"
+        )
+
+
+def check_block_tables(batch: PagedBatch, num_blocks: int) -> None:
+    """Raises IndexError for a table that leads out of the cache where tokens are seen."""
+    logical = np.arange(batch.block_tables.shape[1])
+    first, end = batch.context_starts[:, None], batch.context_lengths[:, None]
+    read = (logical * batch.block_size < end) & ((logical + 1) * batch.block_size > first)
+    wrong = read & ((batch.block_tables < 0) | (batch.block_tables >= num_blocks))
+    for seq, block in np.argwhere(wrong):
+        raise IndexError(
+            f"sequence {seq} of the step has its logical block {block} in physical block "
+            f"{batch.block_tables[seq, block]}, but the cache has {num_blocks} blocks"
+        )
+
+
 class KernelAttention:
     """Prepares the launches of each step.
 
     decode, prompt: the kernels for sequences with one and with several new tokens; by default
         v1, or v2 where v1 would leave most of the GPU without work.
+    debug: check the block tables of every step, since a kernel would read from anywhere.
     """
 
     def __init__(
@@ -134,12 +158,14 @@ class KernelAttention:
         decode: str | None = None,
         prompt: str = "prompt",
         splits: int | None = None,
+        debug: bool = False,
     ) -> None:
         self._compile = functools.cache(
             lambda dtype, head_size: compile_kernels((dtype,), (head_size,))
         )
         self.device = torch.device(device)
         self.decode, self.prompt, self.splits = decode, prompt, splits
+        self.debug = debug
 
     def kernels(self, dtype: torch.dtype, head_size: int) -> Any:
         """The functions compiled for this type and size, at the first call for it."""
@@ -147,12 +173,15 @@ class KernelAttention:
         return self._compile(dtype, head_size)
 
     def __call__(self, batch: PagedBatch) -> PagedAttention:
+        check_contexts(batch)
         single = batch.query_lengths == 1
         parts = ((np.flatnonzero(single), True), (np.flatnonzero(~single), False))
         launches: list[Launch] = []
 
         def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             if not launches:  # the first layer of the step
+                if self.debug:
+                    check_block_tables(batch, num_blocks=len(keys))
                 for seqs, decoding in parts:
                     if len(seqs):
                         launches.append(self._launch(batch, seqs, decoding, keys.shape[2]))
@@ -165,9 +194,7 @@ class KernelAttention:
 
         return attention
 
-    def _launch(
-        self, batch: PagedBatch, seqs: np.ndarray, decoding: bool, kv_heads: int
-    ) -> Launch:
+    def _launch(self, batch: PagedBatch, seqs: np.ndarray, decoding: bool, kv_heads: int) -> Launch:
         version, splits = self.prompt, 1
         if decoding:
             blocks = int(batch.context_lengths[seqs].max()) // batch.block_size
@@ -184,3 +211,74 @@ class KernelAttention:
             return 1
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return max(1, min(4 * processors // thread_blocks, blocks // 16))
+
+
+class KernelCacheOperations:
+    """What KVCache does to its tensors, done by the kernels: one launch for each call.
+
+    scales: of keys and values, for an 8-bit cache, [kv_heads] each in float32.
+    """
+
+    def __init__(self, kernels: Any, scales: tuple[Tensor, Tensor] | None = None) -> None:
+        self._kernels, self._scales = kernels, scales
+
+    def write(
+        self, keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Store the keys and values of tokens, [tokens, kv_heads, head_dim], in their slots."""
+        key, value = contiguous_heads(key), contiguous_heads(value)
+        tensors = {"key": key, "value": value, "keys": keys, "values": values, "slots": slots}
+        if self._scales is not None:
+            tensors |= {"key_scales": self._scales[0], "value_scales": self._scales[1]}
+        self._kernels.write_cache(
+            {name: array(tensor) for name, tensor in tensors.items()}
+            | {
+                "type": type_name(key),
+                "cache_type": type_name(keys),
+                "key_stride": key.stride(0),
+                "value_stride": value.stride(0),
+                "num_tokens": len(key),
+                "kv_heads": key.shape[1],
+                "head_size": key.shape[2],
+                "stream": stream_of(key),
+            }
+        )
+
+    def copy(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks from one pool to another, or within one.
+
+        source, target: [2, layers, num_blocks, block_size, kv_heads, head_dim], strided as the
+            pool lies in memory; on a GPU the host's pool is pinned, and read over the bus.
+        """
+        sources, targets = zip(*pairs, strict=True)
+        if source.data_ptr() == target.data_ptr() and set(sources) & set(targets):
+            # A block that is read is also written: nobody could say which comes first.
+            source = source[:, :, list(sources)].contiguous()
+            pairs = list(enumerate(targets))
+        ids = torch.tensor(pairs, dtype=torch.int64, device=self._device(source, target))
+        piece, chunk = math.prod(source.shape[3:]), 16 // source.itemsize
+        if piece % chunk:
+            raise ConfigurationError(
+                f"a block has {piece * source.itemsize} bytes of keys in a layer; the kernels copy "
+                "multiples of 16 bytes, so choose a larger block_size"
+            )
+        self._kernels.copy_cache(
+            {
+                "source": (source.data_ptr(), source.untyped_storage().nbytes() // 16),
+                "target": (target.data_ptr(), target.untyped_storage().nbytes() // 16),
+                "pairs": array(ids),
+                "source_plane": source.stride(1) // chunk,
+                "source_block": source.stride(2) // chunk,
+                "target_plane": target.stride(1) // chunk,
+                "target_block": target.stride(2) // chunk,
+                "chunks": piece // chunk,
+                "num_pairs": len(pairs),
+                "num_planes": source.shape[0] * source.shape[1],
+                "stream": stream_of(ids),
+            }
+        )
+
+    @staticmethod
+    def _device(*pools: Tensor) -> torch.device:
+        """Where the kernel runs: on the GPU that one of the pools lies on."""
+        return next((pool.device for pool in pools if pool.is_cuda), pools[0].device)

@@ -1,14 +1,15 @@
 """The tensors behind the block ids: keys and values of every layer, on the device and the host.
 
 Owns the memory and the three ways to change it: write tokens into slots, copy blocks, swap
-blocks.  Which block belongs to whom is the block manager's business.
+blocks.  With torch's operators, or with kernels that do the same.  Which block belongs to whom is
+the block manager's business.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from minipaged.memory.block_allocator import BlockId
 from minipaged.memory.block_table import BlockCopy
 
 LayerCache = Float[Tensor, "num_blocks block_size num_kv_heads head_dim"]
+Pool = Float[Tensor, "2 layers num_blocks block_size num_kv_heads head_dim"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,33 @@ class KVCacheShape:
         return elements * dtype.itemsize
 
 
+class CacheOperations(Protocol):
+    """The ways to change a cache's tensors; torch's operators, or kernels that do the same."""
+
+    def write(
+        self, keys: LayerCache, values: LayerCache, slots: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Store the keys and values of a step's tokens in their slots, for one layer."""
+
+    def copy(self, source: Pool, target: Pool, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks in all layers at once; everything is read before anything is written."""
+
+
+class TorchCacheOperations:
+    """With torch's operators."""
+
+    def write(
+        self, keys: LayerCache, values: LayerCache, slots: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        keys.flatten(0, 1).index_copy_(0, slots, key)
+        values.flatten(0, 1).index_copy_(0, slots, value)
+
+    def copy(self, source: Pool, target: Pool, pairs: Sequence[tuple[int, int]]) -> None:
+        read, written = torch.tensor(pairs).unbind(1)
+        blocks = source.index_select(2, read.to(source.device))
+        target.index_copy_(2, written.to(target.device), blocks.to(target.device))
+
+
 class KVCache:
     """Keys and values of all layers; token i is at offset i % B of block table[i // B].
 
@@ -50,21 +79,21 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         debug: bool = False,
+        operations: CacheOperations | None = None,
     ) -> None:
         self.shape = shape
         self.debug = debug
+        self._operations = operations or TorchCacheOperations()
         self._freed: list[BlockId] = []
         block = (shape.block_size, shape.num_kv_heads, shape.head_dim)
         layers = (2, shape.num_layers)
         # The operating system hands out the pages of `empty` as they are first written.
         self._device = torch.empty(*layers, shape.num_blocks, *block, dtype=dtype, device=device)
-        # On the host a block is one piece, which moves at the speed of the bus.  With a GPU its
-        # pages are pinned, so that the copies run beside the model on a stream of their own.
+        # On the host a block is one piece, which moves at the speed of the bus; with a GPU its
+        # pages are pinned, so that a kernel can read and write them.
         on_gpu = self._device.is_cuda
-        self._host = torch.empty(
-            shape.num_host_blocks, *layers, *block, dtype=dtype, pin_memory=on_gpu
-        )
-        self._stream = torch.cuda.Stream(self._device.device) if on_gpu else None
+        host = torch.empty(shape.num_host_blocks, *layers, *block, dtype=dtype, pin_memory=on_gpu)
+        self._host = host.movedim(0, 2)
         self.keys: tuple[LayerCache, ...] = self._device[0].unbind(0)
         self.values: tuple[LayerCache, ...] = self._device[1].unbind(0)
         if debug:
@@ -84,25 +113,17 @@ class KVCache:
         value: Float[Tensor, "tokens num_kv_heads head_dim"],
     ) -> None:
         """Store the keys and values of a step's tokens in their slots (section 5.1)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
+        self._operations.write(self.keys[layer], self.values[layer], slots, key, value)
 
     def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
         """Perform the copy-on-writes of a step in all layers at once."""
         if pairs := list(copies):
-            sources, targets = torch.tensor(pairs, device=self._device.device).T
-            self._device.index_copy_(2, targets, self._device.index_select(2, sources))
+            self._operations.copy(self._device, self._device, pairs)
 
     def swap_out(self, copies: Iterable[BlockCopy]) -> None:
         """Copy device blocks to host blocks, in all layers at once: the first act of a step."""
         if pairs := list(copies):
-            sources, targets = zip(*pairs, strict=True)
-            with self._beside_the_model():
-                ids = torch.tensor(sources, device=self._device.device)
-                gathered = self._device.index_select(2, ids).movedim(2, 0).contiguous()
-                self._let_the_model_go_on()  # it may overwrite the blocks from here on
-                for block, target in zip(gathered, targets, strict=True):
-                    self._host[target].copy_(block, non_blocking=True)
+            self._operations.copy(self._device, self._host, pairs)
         if self._freed:
             self._device[:, :, self._freed] = torch.nan
             self._freed.clear()
@@ -110,30 +131,7 @@ class KVCache:
     def swap_in(self, copies: Iterable[BlockCopy]) -> None:
         """Copy host blocks to device blocks, in all layers at once."""
         if pairs := list(copies):
-            sources, targets = zip(*pairs, strict=True)
-            with self._beside_the_model():
-                blocks = self._device.new_empty(len(sources), *self._host.shape[1:])
-                for block, source in zip(blocks, sources, strict=True):
-                    block.copy_(self._host[source], non_blocking=True)
-                ids = torch.tensor(targets, device=self._device.device)
-                self._device.index_copy_(2, ids, blocks.movedim(0, 2))
-                self._let_the_model_go_on()  # it needs the blocks, and waits for them
-
-    @contextlib.contextmanager
-    def _beside_the_model(self) -> Iterator[None]:
-        """On a GPU, work on the stream of the copies, behind what the model was told to do."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device.device))
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def _let_the_model_go_on(self) -> None:
-        """On a GPU, let the model's stream wait for what the copies' stream was told so far."""
-        if self._stream is not None:
-            model = torch.cuda.default_stream(self._device.device)
-            model.wait_event(self._stream.record_event())
+            self._operations.copy(self._host, self._device, pairs)
 
     def poison(self, block: BlockId) -> None:
         """Overwrite a freed device block with NaN, when the next step has begun.
