@@ -5,7 +5,12 @@ of NaN but for the slots that a sequence filled, and the tables are padded with 
 no cache has: a read of anything else fails or shows.
 """
 
+import logging
+import os
 import random
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +19,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.attention import BACKENDS, attention_backend
+from minipaged.attention import attention_backend, build
 from minipaged.attention.batch import PagedBatch
 from minipaged.attention.contiguous import contiguous_attention
+from minipaged.attention.gathered import GatheredAttention
+from minipaged.attention.native import NativeAttention
 from minipaged.errors import ConfigurationError
 from minipaged.memory.block_table import DROPPED
 from minipaged.memory.kv_cache import KVCache, KVCacheShape
@@ -85,7 +92,11 @@ def place(case):
     return batch, cache, kv
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+# The kernels, which know fewer head sizes, are in test_kernels.py.
+ON_THE_CPU = ["reference", "torch", "native"]
+
+
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 @given(case=cases)
 def test_paged_equals_contiguous(backend, case):
     torch.manual_seed(case.seed)
@@ -130,7 +141,7 @@ def test_large_scores_do_not_overflow():
     torch.manual_seed(0)
     batch, cache, _ = place(case)
     query = 1e5 * torch.randn(30, 1, 8, dtype=torch.float64)
-    for backend in BACKENDS:
+    for backend in ON_THE_CPU:
         out = attention_backend(backend)(batch)(query, cache.keys[0], cache.values[0])
         assert torch.isfinite(out).all(), backend
 
@@ -142,7 +153,7 @@ def test_lower_precision_stays_near_the_oracle(dtype, tolerance):
     batch, cache, _ = place(case)
     query = torch.randn(sum(case.queries), 9, 64, dtype=torch.float64)
     expected = attention_backend("reference")(batch)(query, cache.keys[0], cache.values[0])
-    for backend in BACKENDS:
+    for backend in ON_THE_CPU:
         keys, values = cache.keys[0].to(dtype), cache.values[0].to(dtype)
         actual = attention_backend(backend)(batch)(query.to(dtype), keys, values)
         assert actual.dtype == dtype
@@ -166,3 +177,25 @@ def test_positions_and_slots_of_the_new_tokens(case):
 def test_an_unknown_attention_names_the_known_ones():
     with pytest.raises(ConfigurationError, match=r"no attention 'flash'.*reference, torch"):
         attention_backend("flash")
+
+
+def test_native_is_what_it_says_where_there_is_a_compiler():
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    assert isinstance(attention_backend("native"), NativeAttention)
+
+
+def test_native_falls_back_with_one_warning(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build.native_attention.cache_clear()
+    with caplog.at_level(logging.WARNING, "minipaged"):
+        assert isinstance(attention_backend("native"), GatheredAttention)
+    (message,) = caplog.messages
+    assert "no C++ compiler 'no-such-compiler'" in message
+    assert "install g++" in message
+
+
+def test_importing_compiles_nothing():
+    code = "import minipaged.attention, sys; print('torch.utils.cpp_extension' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"

@@ -14,7 +14,7 @@ from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.request.sampling_params import SamplingParams
 
 
-@given(workload=workloads(backends=("torch", "torch", "reference")))
+@given(workload=workloads(backends=("torch", "torch", "reference", "native", "emulated")))
 @example(  # two sequences that take turns in a pool for one and a half
     Workload((Request((1, 2, 4), {"max_tokens": 9}), Request((5,), {"max_tokens": 12})), 2, 7, 2, 4)
 )

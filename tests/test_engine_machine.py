@@ -82,7 +82,7 @@ class EngineMachine(RuleBasedStateMachine):
         preemption=st.sampled_from(["recompute", "swap", "auto"]),
         num_host_blocks=st.integers(1, 30),
         special=st.sampled_from(["cache", "cache", None, 3, 6]),
-        attention=st.sampled_from(["torch", "torch", "reference"]),
+        attention=st.sampled_from(["torch", "torch", "reference", "native", "emulated"]),
         policy=st.sampled_from(["fcfs", "priority"]),
     )
     def build(

@@ -1,29 +1,72 @@
 """Attention over a paged KV cache, chosen by name.
 
-`contiguous.py` is the oracle.  `reference` walks the blocks as the paper's equation does,
-`torch` gathers them and is what the engine uses.  A compiled kernel is one more entry.
+`contiguous.py` is the oracle.  `reference` walks the blocks as the paper's equation does, `torch`
+gathers them with PyTorch's operators.  The others are compiled when they are first used: `native`
+reads the blocks in place on the CPU, `cuda` on a GPU, and `emulated` runs the kernels of `cuda` on
+the CPU, slowly.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-from minipaged.attention import gathered, paged
+import torch
+
+from minipaged.attention import build, gathered, kernels, native, paged
 from minipaged.attention.batch import PagedAttention, PagedBatch
 from minipaged.errors import ConfigurationError
 
 Prepare = Callable[[PagedBatch], PagedAttention]
 
-BACKENDS: dict[str, Callable[[], Prepare]] = {
-    "reference": lambda: paged.prepare,
-    "torch": gathered.GatheredAttention,
+
+def _native(debug: bool) -> Prepare:
+    return native.native_or_gathered()
+
+
+def _emulated(debug: bool) -> Prepare:
+    build.find_compiler()
+    compile_kernels = functools.partial(build.emulated_kernels, checked=False)
+    return kernels.KernelAttention(compile_kernels, debug=debug)
+
+
+def _cuda(debug: bool) -> Prepare:
+    build.find_nvcc()
+    return kernels.KernelAttention(build.cuda_kernels, "cuda", debug=debug)
+
+
+# Given whether to check the block tables of every step, which a kernel trusts.
+BACKENDS: dict[str, Callable[[bool], Prepare]] = {
+    "reference": lambda debug: paged.prepare,
+    "torch": lambda debug: gathered.GatheredAttention(),
+    "native": _native,
+    "emulated": _emulated,
+    "cuda": _cuda,
 }
 
 
-def attention_backend(name: str) -> Prepare:
-    """What prepares the attention of each step; raises ConfigurationError for an unknown name."""
+def backend_name(name: str = "auto") -> str:
+    """The name of the attention; raises ConfigurationError for an unknown one.
+
+    "auto" is "cuda" where there is a GPU, and "torch" elsewhere.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "torch"
     if name not in BACKENDS:
         raise ConfigurationError(
-            f"there is no attention {name!r}; choose one of {', '.join(sorted(BACKENDS))}"
+            f"there is no attention {name!r}; choose one of auto, {', '.join(sorted(BACKENDS))}"
         )
-    return BACKENDS[name]()
+    return name
+
+
+def device_of(name: str = "auto") -> str:
+    """Where the model has to be for this attention: "cpu" or "cuda"."""
+    return "cuda" if backend_name(name) == "cuda" else "cpu"
+
+
+def attention_backend(name: str = "auto", debug: bool = False) -> Prepare:
+    """What prepares the attention of each step.
+
+    Raises ConfigurationError where it cannot run here, and says what is missing.
+    """
+    return BACKENDS[backend_name(name)](debug)

@@ -92,3 +92,25 @@ class PagedBatch:
         seqs = np.repeat(np.arange(self.num_seqs), self.query_lengths)
         logical, offset = np.divmod(self.positions(), self.block_size)
         return self.block_tables[seqs, logical] * self.block_size + offset
+
+
+def check_contexts(batch: PagedBatch) -> None:
+    """Raises ValueError for a sequence without tokens, of which no softmax can be taken."""
+    for seq in np.flatnonzero(batch.context_lengths < np.maximum(batch.query_lengths, 1)):
+        raise ValueError(
+            f"sequence {seq} has a context of {batch.context_lengths[seq]} tokens and "
+            f"{batch.query_lengths[seq]} new ones; the new ones count as context, at least 1"
+        )
+
+
+def check_block_tables(batch: PagedBatch, num_blocks: int) -> None:
+    """Raises IndexError for a table that leads out of the cache where tokens are seen."""
+    logical = np.arange(batch.block_tables.shape[1])
+    first, end = batch.context_starts[:, None], batch.context_lengths[:, None]
+    read = (logical * batch.block_size < end) & ((logical + 1) * batch.block_size > first)
+    wrong = read & ((batch.block_tables < 0) | (batch.block_tables >= num_blocks))
+    for seq, block in np.argwhere(wrong):
+        raise IndexError(
+            f"sequence {seq} of the step has its logical block {block} in physical block "
+            f"{batch.block_tables[seq, block]}, but the cache has {num_blocks} blocks"
+        )

@@ -13,13 +13,13 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
 from minipaged.errors import ConfigurationError
 
@@ -43,6 +43,10 @@ def find_compiler() -> str:
             f"found no C++ compiler {compiler!r} to compile the attention with; install g++ or "
             'clang++ (or name one in CXX), or choose attention "torch"'
         )
+    # Where pip puts ninja, which torch compiles with; an environment need not be activated.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")
     if shutil.which("ninja") is None:
         raise ConfigurationError(
             "found no ninja, which torch compiles with; `pip install ninja`, or choose attention "
@@ -59,7 +63,9 @@ def find_nvcc() -> None:
             'attention "cuda" needs an NVIDIA GPU and a torch built for CUDA; choose "native", '
             '"torch", or "emulated" to run the kernels on the CPU'
         )
-    if cpp_extension.CUDA_HOME is None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
         wanted = ".".join(str(torch.version.cuda).split(".")[:2])
         raise ConfigurationError(
             "found no nvcc to compile the kernels with; install the CUDA toolkit that fits torch "
@@ -113,6 +119,20 @@ def emulated_kernels(
 
 
 @functools.cache
+def native_attention(sources: Path = SOURCES) -> Any:
+    """The attention for this processor, with the vector instructions that torch uses on it."""
+    find_compiler()
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = ["-O3", f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    if capability != "DEFAULT":
+        flags.append("-march=native")
+    if platform.system() == "Linux":
+        # Its threads are those of torch, whose OpenMP is loaded already: so nothing is linked.
+        flags.append("-fopenmp")
+    return load("minipaged_native", [sources / "native_attention.cpp"], flags, ["native_attention"])
+
+
+@functools.cache
 def cuda_kernels(dtypes: tuple[torch.dtype, ...], head_sizes: tuple[int, ...]) -> Any:
     """The kernels for these types and head sizes, compiled for the GPU of this machine."""
     find_nvcc()
@@ -136,10 +156,13 @@ def load(
     name: str,
     sources: Sequence[Path],
     flags: Sequence[str],
+    functions: Sequence[str] | None = None,
     cuda_sources: Sequence[Path] = (),
     cuda_flags: Sequence[str] = (),
 ) -> Any:
-    """The Python module that these sources define, compiled unless it was before."""
+    """The Python module of these functions, or that the sources define; compiled at most once."""
+    from torch.utils import cpp_extension  # half a second, for those who compile
+
     files = [*sources, *cuda_sources]
     if missing := [str(path) for path in files if not path.exists()]:
         raise ConfigurationError(
@@ -160,6 +183,7 @@ def load(
                 name,
                 cpp_sources=[path.read_text() for path in sources],
                 cuda_sources=[path.read_text() for path in cuda_sources],
+                functions=functions,
                 extra_cflags=list(flags),
                 extra_cuda_cflags=list(cuda_flags),
                 extra_include_paths=[str(sources[0].parent)],

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from minipaged.attention import build
-from minipaged.attention.batch import PagedAttention, PagedBatch
+from minipaged.attention.batch import (
+    PagedAttention,
+    PagedBatch,
+    check_block_tables,
+    check_contexts,
+)
 from minipaged.errors import ConfigurationError
 
 DECODING = ("step1", "step2", "step3", "step4", "step5", "v1", "v2")
@@ -121,28 +126,6 @@ def contiguous_heads(query: Tensor) -> Tensor:
     return query.contiguous()
 
 
-def check_contexts(batch: PagedBatch) -> None:
-    """Raises ValueError for a sequence without tokens, of which no softmax can be taken."""
-    for seq in np.flatnonzero(batch.context_lengths < np.maximum(batch.query_lengths, 1)):
-        raise ValueError(
-            f"sequence {seq} has a context of {batch.context_lengths[seq]} tokens and "
-            f"{batch.query_lengths[seq]} new ones; the new ones count as context, at least 1"
-        )
-
-
-def check_block_tables(batch: PagedBatch, num_blocks: int) -> None:
-    """Raises IndexError for a table that leads out of the cache where tokens are seen."""
-    logical = np.arange(batch.block_tables.shape[1])
-    first, end = batch.context_starts[:, None], batch.context_lengths[:, None]
-    read = (logical * batch.block_size < end) & ((logical + 1) * batch.block_size > first)
-    wrong = read & ((batch.block_tables < 0) | (batch.block_tables >= num_blocks))
-    for seq, block in np.argwhere(wrong):
-        raise IndexError(
-            f"sequence {seq} of the step has its logical block {block} in physical block "
-            f"{batch.block_tables[seq, block]}, but the cache has {num_blocks} blocks"
-        )
-
-
 class KernelAttention:
     """Prepares the launches of each step.
 
@@ -171,6 +154,10 @@ class KernelAttention:
         """The functions compiled for this type and size, at the first call for it."""
         build.head_size_fits(head_size, dtype)
         return self._compile(dtype, head_size)
+
+    def cache_operations(self, dtype: torch.dtype, head_size: int) -> KernelCacheOperations:
+        """What changes a cache of this type, by kernels of the same build."""
+        return KernelCacheOperations(self.kernels(dtype, head_size))
 
     def __call__(self, batch: PagedBatch) -> PagedAttention:
         check_contexts(batch)

@@ -44,7 +44,7 @@ def throughput(
     num_blocks: NumBlocksOption = None,
     max_num_seqs: SeqsOption = 256,
     max_num_batched_tokens: BudgetOption = None,
-    attention: AttentionOption = "torch",
+    attention: AttentionOption = "auto",
 ) -> None:
     """Generated tokens per second of one workload, here and in transformers."""
     import torch

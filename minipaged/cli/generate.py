@@ -68,7 +68,7 @@ def generate(
     preemption: PreemptionOption = "recompute",
     swap_gib: SwapOption = None,
     prefix_cache: PrefixOption = False,
-    attention: AttentionOption = "torch",
+    attention: AttentionOption = "auto",
 ) -> None:
     """Complete one or several prompts and show where their blocks lay."""
     from minipaged.engine.trace import Trace
@@ -149,7 +149,7 @@ def chat(
     dtype: DtypeOption = "auto",
     block_size: BlockSizeOption = 16,
     num_blocks: NumBlocksOption = None,
-    attention: AttentionOption = "torch",
+    attention: AttentionOption = "auto",
 ) -> None:
     """Talk to a model that has a chat template.  An empty line or end of file ends it.
 

@@ -24,7 +24,12 @@ PreemptionOption = Annotated[str, typer.Option(help="recompute, swap or auto")]
 SwapOption = Annotated[
     float | None, typer.Option("--swap-gib", help="memory to swap to; the pool's size if left out")
 ]
-AttentionOption = Annotated[str, typer.Option(help="attention backend")]
+AttentionOption = Annotated[
+    str,
+    typer.Option(
+        help="auto, torch, native (compiled), cuda (the default with a GPU), emulated, reference"
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="of the random streams")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figures to a file")]
 MaxTokensOption = Annotated[int, typer.Option(help="output tokens per prompt")]

@@ -82,7 +82,9 @@ class BeamSearch:
         if self.length <= self.params.min_tokens:
             logprobs[:, list(self.end_token_ids)] = -math.inf
         self.logprobs = logprobs
-        before = torch.tensor(self.cumulative_logprobs, dtype=logprobs.dtype)
+        before = torch.tensor(
+            self.cumulative_logprobs, dtype=logprobs.dtype, device=logprobs.device
+        )
         totals = (logprobs + before.unsqueeze(1)).flatten()
         wanted = max(2, 1 + len(self.end_token_ids)) * self.params.width
         values, places = totals.topk(min(wanted, len(totals)))

@@ -60,7 +60,9 @@ def sample(logits: Float[Tensor, "draws vocab"], draws: list[Draw]) -> list[Samp
         chosen = [draws[row] for row in random]
         probabilities = token_distribution(logits[random], [draw.params for draw in chosen])
         uniform = [draw.sequence.random.random() for draw in chosen]
-        token_ids[random] = _invert(probabilities, torch.tensor(uniform, dtype=torch.float64))
+        token_ids[random] = _invert(
+            probabilities, torch.tensor(uniform, dtype=torch.float64, device=logits.device)
+        )
     return _report(token_ids.tolist(), raw_logits, draws)
 
 
@@ -71,7 +73,7 @@ def token_distribution(
 
     def column(name: str) -> Tensor:
         values = [getattr(p, name) for p in params]
-        return torch.tensor(values, dtype=logits.dtype).unsqueeze(1)
+        return torch.tensor(values, dtype=logits.dtype, device=logits.device).unsqueeze(1)
 
     # Shifted so that the largest is 0: a tiny temperature then cannot overflow.
     logits = logits - logits.amax(-1, keepdim=True)
@@ -91,8 +93,10 @@ def _keep_likeliest(
     vocab = probabilities.shape[1]
     # Stable: of equally likely tokens those with the lower id are kept.
     ordered, token_ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params]).unsqueeze(1)
-    ordered = ordered.masked_fill(torch.arange(vocab) >= top_k, 0)
+    device = probabilities.device
+    most = [p.top_k if p.top_k > 0 else vocab for p in params]
+    top_k = torch.tensor(most, device=device).unsqueeze(1)
+    ordered = ordered.masked_fill(torch.arange(vocab, device=device) >= top_k, 0)
     total = ordered.sum(-1, keepdim=True)
     mass_before = ordered.cumsum(-1) - ordered
     enough = (mass_before >= top_p * total) & (top_p < 1)
@@ -121,8 +125,8 @@ def _penalize(logits: Tensor, draws: list[Draw]) -> Tensor:
             params, sequence = draw.params, draw.sequence
             logits[row] = penalized(
                 logits[row],
-                torch.tensor(sequence.token_ids),
-                torch.tensor(sequence.output_token_ids, dtype=torch.long),
+                torch.tensor(sequence.token_ids, device=logits.device),
+                torch.tensor(sequence.output_token_ids, dtype=torch.long, device=logits.device),
                 params,
             )
     return logits

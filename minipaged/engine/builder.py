@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from minipaged.attention import attention_backend
+from minipaged.attention import attention_backend, backend_name, device_of
+from minipaged.attention.kernels import KernelAttention
 from minipaged.engine.engine import Engine
 from minipaged.engine.model_runner import ModelRunner
 from minipaged.errors import ConfigurationError
@@ -51,7 +52,8 @@ class EngineOptions:
     dtype: of weights and cache; "auto" is the checkpoint's.
     block_size: tokens per KV block.
     num_blocks: blocks of the pool; None takes as many as `kv_cache_gib` holds.
-    kv_cache_gib: memory budget of the pool in GiB; None is a tenth of the machine's memory.
+    kv_cache_gib: memory budget of the pool in GiB; None is a tenth of the machine's memory, or
+        nine tenths of what is free on the GPU.
         Either way the pool never outgrows what max_num_seqs full contexts can use.
     max_num_seqs: sequences that run at a time.
     max_num_batched_tokens: tokens computed per step; None is 2048, or max_num_seqs if larger.
@@ -63,7 +65,8 @@ class EngineOptions:
     enable_prefix_caching: share full blocks with earlier requests that began with the same
         tokens.
     prefix_cache_seed: of the hash that finds them; None draws a secret one.
-    attention: name of an attention backend.
+    attention: name of an attention: "torch", "native", "cuda", "emulated" or "reference"; "auto"
+        is "cuda" where there is a GPU. The model runs on the GPU with "cuda", else on the CPU.
     debug: fill freed blocks with NaN and check every invariant after every step.
     """
 
@@ -79,7 +82,7 @@ class EngineOptions:
     swap_space_gib: float | None = None
     enable_prefix_caching: bool = False
     prefix_cache_seed: int | None = None
-    attention: str = "torch"
+    attention: str = "auto"
     debug: bool = False
 
 
@@ -95,7 +98,9 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
 def load_engine(model: str | Path, options: EngineOptions | None = None) -> Engine:
     """An engine for a model by name, path or hub id."""
     options = options or EngineOptions()
-    decoder, tokenizer = load_decoder(model, dtype=parse_dtype(options.dtype))
+    decoder, tokenizer = load_decoder(
+        model, dtype=parse_dtype(options.dtype), device=device_of(options.attention)
+    )
     return build_engine(decoder, tokenizer, options)
 
 
@@ -118,23 +123,29 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
     )
     shape = cache_shape(config, num_blocks, options.block_size)
     shape = dataclasses.replace(shape, num_host_blocks=manager.host.num_blocks)
-    cache = KVCache(shape, dtype, debug=options.debug)
+    attention = attention_backend(options.attention, options.debug)
+    operations = None
+    if isinstance(attention, KernelAttention):
+        operations = attention.cache_operations(dtype, config.head_dim)
+    device = decoder.embed_tokens.weight.device
+    cache = KVCache(shape, dtype, device, options.debug, operations)
     if options.debug:
         manager.device.on_free = cache.poison
     budget = options.max_num_batched_tokens
     if budget is None:
         budget = max(2048, options.max_num_seqs, options.block_size)
     logger.info(
-        "KV cache: %d blocks of %d tokens, %.1f MiB in %s%s%s",
+        "KV cache: %d blocks of %d tokens, %.1f MiB in %s%s%s; attention: %s",
         num_blocks,
         options.block_size,
         cache.num_bytes / 2**20,
         str(dtype).removeprefix("torch."),
         " (chosen from the memory budget)" if options.num_blocks is None else "",
         f", {manager.host.num_blocks} more to swap to" if manager.host.num_blocks else "",
+        backend_name(options.attention),
     )
     return Engine(
-        ModelRunner(decoder, cache, attention_backend(options.attention)),
+        ModelRunner(decoder, cache, attention),
         Scheduler(manager, options.max_num_seqs, budget, policy_named(options.policy), preemption),
         vocab_size=config.vocab_size,
         context_length=config.context_length,
@@ -187,7 +198,7 @@ def blocks_within_budget(config: ModelConfig, dtype: torch.dtype, options: Engin
     """Blocks that the memory budget holds, but no more than could ever be used."""
     if options.block_size < 1:
         raise ConfigurationError(f"block_size is {options.block_size}; it must be at least 1")
-    budget = physical_memory() / 10
+    budget = default_cache_memory(options.attention)
     if options.kv_cache_gib is not None:
         budget = options.kv_cache_gib * 2**30
     bytes_per_block = cache_shape(config, 1, options.block_size).bytes_per_block(dtype)
@@ -199,6 +210,14 @@ def blocks_within_budget(config: ModelConfig, dtype: torch.dtype, options: Engin
         )
     blocks_per_context = -(-config.context_length // options.block_size)
     return min(affordable, options.max_num_seqs * blocks_per_context)
+
+
+def default_cache_memory(attention: str) -> float:
+    """Bytes of the pool if nothing else is said."""
+    if device_of(attention) == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return 0.9 * free
+    return physical_memory() / 10
 
 
 def physical_memory() -> int:

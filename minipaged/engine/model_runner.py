@@ -62,7 +62,7 @@ class ModelRunner:
         last_rows = np.empty(len(items), dtype=np.int64)
         last_rows[order] = batch.query_starts[1:] - 1
         samples = [item.samples for item in plan.scheduled]
-        slots = torch.from_numpy(batch.slots())
+        slots = self._to_device(batch.slots())
         attention = self.prepare_attention(batch)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -73,8 +73,11 @@ class ModelRunner:
             return output
 
         return self.decoder(
-            torch.from_numpy(token_ids),
-            torch.from_numpy(batch.positions()),
+            self._to_device(token_ids),
+            self._to_device(batch.positions()),
             attend,
-            logits_at=torch.from_numpy(last_rows[samples]),
+            logits_at=self._to_device(last_rows[samples]),
         )
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.cache.device)

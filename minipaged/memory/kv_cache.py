@@ -101,6 +101,11 @@ class KVCache:
             self._host.fill_(torch.nan)
 
     @property
+    def device(self) -> torch.device:
+        """Where the pool that the model works on is."""
+        return self._device.device
+
+    @property
     def num_bytes(self) -> int:
         """Size of the device pool."""
         return self._device.nbytes

@@ -33,23 +33,31 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def load_decoder(
-    model: str | Path, dtype: torch.dtype | str = "auto"
+    model: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
 ) -> tuple[Decoder, Tokenizer | None]:
     """A decoder ready for inference, and its tokenizer if it has one.
 
     model: "tiny", "smollm2", a Hugging Face directory, a GGUF file, or an id on the hub.
-    dtype: "auto" is the checkpoint's type, but float32 for float16 (slow on a CPU) and for GGUF.
+    dtype: "auto" is the checkpoint's type, but float32 for GGUF and, on a CPU, which is slow
+        with it, for float16.
+    device: "cpu" or "cuda", where the weights are to be.
     """
     path = resolve(model)
-    return _load_file(path, dtype) if path.is_file() else _load_directory(path, dtype)
+    load = _load_file if path.is_file() else _load_directory
+    return load(path, dtype, device)
 
 
-def _load_file(path: Path, dtype: torch.dtype | str) -> tuple[Decoder, Tokenizer]:
+def _load_file(
+    path: Path, dtype: torch.dtype | str, device: str
+) -> tuple[Decoder, Tokenizer | None]:
     file = GGUFFile(path)
-    return _build(file.config, file, GGUF, _choose_dtype(dtype, "float32")), file.tokenizer()
+    chosen = _choose_dtype(dtype, "float32", device)
+    return _build(file.config, file, GGUF, chosen, device), file.tokenizer()
 
 
-def _load_directory(path: Path, dtype: torch.dtype | str) -> tuple[Decoder, Tokenizer | None]:
+def _load_directory(
+    path: Path, dtype: torch.dtype | str, device: str
+) -> tuple[Decoder, Tokenizer | None]:
     description = _read_json(path / "config.json")
     config, layout = read_config(description)
     generation = path / "generation_config.json"
@@ -58,20 +66,25 @@ def _load_directory(path: Path, dtype: torch.dtype | str) -> tuple[Decoder, Toke
         ends = (*config.eos_token_ids, *(more if isinstance(more, list) else [more]))
         config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
     stored = description.get("dtype") or description.get("torch_dtype") or "float32"
-    decoder = _build(config, SafetensorsFiles(path), layout, _choose_dtype(dtype, stored))
+    chosen = _choose_dtype(dtype, stored, device)
+    decoder = _build(config, SafetensorsFiles(path), layout, chosen, device)
     return decoder, Tokenizer.from_directory(path)
 
 
-def _choose_dtype(wanted: torch.dtype | str, stored: str) -> torch.dtype:
-    return wanted if isinstance(wanted, torch.dtype) else TYPES.get(stored, torch.float32)
+def _choose_dtype(wanted: torch.dtype | str, stored: str, device: str) -> torch.dtype:
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if stored == "float16" and device != "cpu":
+        return torch.float16
+    return TYPES.get(stored, torch.float32)
 
 
 def _build(
-    config: ModelConfig, source: TensorSource, layout: Layout, dtype: torch.dtype
+    config: ModelConfig, source: TensorSource, layout: Layout, dtype: torch.dtype, device: str
 ) -> Decoder:
     with torch.device("meta"):
         decoder = Decoder(config)
-    fill(decoder, source, layout, dtype)
+    fill(decoder, source, layout, dtype, device)
     return decoder.eval().requires_grad_(False)
 
 

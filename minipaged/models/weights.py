@@ -29,8 +29,15 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-def fill(decoder: Decoder, source: TensorSource, layout: Layout, dtype: torch.dtype) -> None:
-    """Load all parameters, then pack what can be packed, module by module."""
+def fill(
+    decoder: Decoder,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Load all parameters, then pack what can be packed on a CPU, module by module."""
+    can_be_packed = torch.device(device).type == "cpu" and can_pack(dtype)
     stored = {layout.strip_prefix(name): name for name in source.shapes()}
     _check_names(decoder, layout, stored)
     tied = decoder.config.tie_word_embeddings
@@ -44,13 +51,13 @@ def fill(decoder: Decoder, source: TensorSource, layout: Layout, dtype: torch.dt
             for part, target in zip(parts, targets, strict=True):
                 transposed = re.fullmatch(layout.transposed, part) is not None
                 _read_into(target, source, stored[part], transposed)
-            setattr(module, name, nn.Parameter(filled, requires_grad=False))
-        if isinstance(module, nn.Linear) and can_pack(dtype):
+            setattr(module, name, nn.Parameter(filled.to(device), requires_grad=False))
+        if isinstance(module, nn.Linear) and can_be_packed:
             parent, _, child = path.rpartition(".")
             setattr(decoder.get_submodule(parent), child, PackedLinear(module))
     if tied:
         decoder.lm_head.weight = decoder.embed_tokens.weight
-        if can_pack(dtype):
+        if can_be_packed:
             # The embedding looks rows up and needs the plain matrix, so there are two of this
             # one.  A packed head is worth it: with SmolLM2 in float32 it takes 10 ms instead
             # of 24 of a step of 32 sequences.

@@ -1,0 +1,56 @@
+"""Paged attention on the CPU by a compiled kernel that reads the blocks in place.
+
+`cuda/native_attention.cpp`, compiled when it is first needed; about twice as fast as gathering.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minipaged.attention import build
+from minipaged.attention.batch import PagedAttention, PagedBatch, check_contexts
+from minipaged.attention.gathered import GatheredAttention
+from minipaged.attention.kernels import contiguous_heads
+from minipaged.errors import ConfigurationError
+
+logger = logging.getLogger("minipaged")
+
+
+class NativeAttention:
+    """Prepares the arrays of each step for the compiled kernel."""
+
+    def __init__(self) -> None:
+        self._run = build.native_attention().native_attention
+
+    def __call__(self, batch: PagedBatch) -> PagedAttention:
+        check_contexts(batch)
+        columns = (
+            batch.block_tables,
+            batch.context_lengths,
+            batch.query_starts[:-1],
+            batch.query_lengths,
+        )
+        arrays = [torch.from_numpy(column.astype(np.int32)) for column in columns]
+
+        def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            query = contiguous_heads(query)
+            output = query.new_empty(query.shape)
+            scale = 1 / math.sqrt(query.shape[2])
+            self._run(output, query, keys, values, *arrays, batch.window or 0, scale)
+            return output
+
+        return attention
+
+
+def native_or_gathered() -> NativeAttention | GatheredAttention:
+    """The compiled attention; where it cannot be compiled, a warning and PyTorch's."""
+    try:
+        return NativeAttention()
+    except ConfigurationError as error:
+        logger.warning("attention runs on PyTorch's own operators instead: %s", error)
+        return GatheredAttention()
