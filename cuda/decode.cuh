@@ -54,8 +54,8 @@ __device__ __forceinline__ void attend_to_blocks(
     PartialAttention<Accumulator<T>, Row<KV, HEAD_SIZE>, GROUP>& partial) {
     using A = Accumulator<T>;
     using R = Row<KV, HEAD_SIZE>;
-    // Rows of a lane per tile: 16 tokens of a block, but no more registers than 16 chunks of keys.
-    constexpr int TILE_ROWS = R::PER_LANE > 1 || GROUP > 4 ? 4 : R::ROWS >= 16 ? 1 : R::ROWS >= 4 ? 4 : 8;
+    // Rows of a lane per tile: 16 tokens of a block, if that leaves registers enough.
+    constexpr int TILE_ROWS = R::ROWS >= 16 ? 1 : R::ROWS >= 4 || R::PER_LANE * GROUP > 1 ? 4 : 8;
     constexpr int TILE = TILE_ROWS * R::ROWS;
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
     const int context = a.context_lengths[seq], first = a.first_seen(context);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda_on_cpu.h"
 
@@ -80,10 +81,11 @@ __device__ __forceinline__ A largest_of_lanes(A value, int low, int high) {
     return value;
 }
 
-// 16 bytes, the most that a thread moves with one instruction.
+// 16 bytes, the most that a thread moves with one instruction; but at most 8 numbers, for each
+// of them needs registers once it is converted: so 8 bytes of an 8-bit cache.
 template <typename T>
-struct alignas(16) Chunk {
-    static constexpr int SIZE = 16 / sizeof(T);
+struct alignas(sizeof(T) == 1 ? 8 : 16) Chunk {
+    static constexpr int SIZE = sizeof(T) == 1 ? 8 : 16 / sizeof(T);
     T values[SIZE];
 };
 
@@ -95,12 +97,13 @@ __device__ __forceinline__ Chunk<T> zero_chunk() {
     return chunk;
 }
 
-// The chunk from element `index` on; its address must be a multiple of 16.
+// The chunk from element `index` on; its address must be a multiple of its size.
 template <typename T>
 __device__ __forceinline__ Chunk<T> load_chunk(Global<const T> array, int64_t index) {
 #ifdef __CUDACC__
     // Through the read-only path: nobody writes these arrays while the kernel runs.
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(array + index));
+    using Bits = std::conditional_t<sizeof(Chunk<T>) == 16, uint4, uint2>;
+    const Bits bits = __ldg(reinterpret_cast<const Bits*>(array + index));
     return *reinterpret_cast<const Chunk<T>*>(&bits);
 #else
     return *cpu::aligned<const Chunk<T>>(array, index, Chunk<T>::SIZE);
