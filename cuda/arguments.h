@@ -16,7 +16,7 @@ enum class Type { float32, float16, bfloat16, float8, float64 };
 
 // See Attention in attention.cuh for the shapes.
 struct AttentionArguments {
-    std::string version;  // "step1" .. "step5", "v1", "v2", "prompt"
+    std::string version;  // "step1" .. "step5", "v1", "v2", "prompt", "tensor_cores"
     Type type, cache_type;
     Array output, query, keys, values, key_scales, value_scales;
     Array block_tables, context_lengths, query_starts, query_lengths;

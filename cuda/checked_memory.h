@@ -153,8 +153,12 @@ public:
         int64_t index_;
     };
 
-    Shared(size_t begin, int64_t size, const char* name) : begin_(begin), size_(size), name_(name) {}
+    Shared(size_t begin, int64_t size, const char* name)
+        : begin_(begin), size_(size), name_(name) {}
     Element operator[](int64_t index) const { return Element(*this, index); }
+    Shared operator+(int64_t count) const {
+        return Shared(begin_ + count * sizeof(T), size_ - count, name_);
+    }
 
     // Where an element lies in the shared memory of the thread block.
     size_t byte(int64_t index) const {
@@ -194,7 +198,7 @@ public:
     template <typename T>
     Shared<T> array(int64_t count, const char* name) {
         const size_t begin = used_;
-        used_ += (count * sizeof(T) + 15) / 16 * 16;
+        used_ += (count * sizeof(T) + 31) / 32 * 32;
         if (used_ > cpu::gpu.shared_bytes)
             cpu::fail("the shared array " + std::string(name) + " ends at byte " +
                       std::to_string(used_) + ", but the launch asked for " +

@@ -14,8 +14,8 @@
 //   - what checked_memory.h finds: indices out of bounds, data races in shared memory, reads of
 //     shared memory that nobody wrote.
 //
-// What it cannot see: races between thread blocks, the rounding of a GPU, its speed, and loops
-// that never end.  -DUNCHECKED leaves out checked_memory.h, for speed.
+// It cannot see races between thread blocks, the rounding and speed of a GPU, and endless loops.
+// -DUNCHECKED leaves out the checks of checked_memory.h, for speed.
 #pragma once
 
 #ifdef __CUDACC__
@@ -40,9 +40,9 @@ class SharedMemory {
 public:
     template <typename T>
     __device__ Shared<T> array(int count, const char*) {
-        extern __shared__ __align__(16) unsigned char bytes[];
+        extern __shared__ __align__(32) unsigned char bytes[];
         T* begin = reinterpret_cast<T*>(bytes + used_);
-        used_ += (count * sizeof(T) + 15) / 16 * 16;
+        used_ += (count * sizeof(T) + 31) / 32 * 32;
         return begin;
     }
 
@@ -52,9 +52,7 @@ private:
 
 #else  // ---------------------------------------------------------------- g++ or clang++
 
-#ifndef _XOPEN_SOURCE
 #define _XOPEN_SOURCE 700  // macOS declares the ucontext functions only then
-#endif
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -132,8 +130,8 @@ inline int draw(int n) {  // xorshift: fast, and the same everywhere
 inline void seed(uint64_t seed) { gpu.random = seed * 0x9E3779B97F4A7C15u | 1; }
 
 inline std::string name(dim3 at) {
-    return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) +
-           ")";
+    const std::string z = std::to_string(at.z);
+    return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + z + ")";
 }
 
 inline std::string place(const char* file, int line) {
@@ -210,7 +208,8 @@ inline void sync_threads(const char* file, int line) {
     if (++gpu.at_barrier == gpu.num_threads) {
         for (const Fiber& other : gpu.fibers)
             if (other.state == State::at_barrier && !same_place(me, other))
-                fail("the threads of the block meet at different barriers: " + describe(me) + " and " + describe(other));
+                fail("the threads of the block meet at different barriers: " + describe(me) +
+                     " and " + describe(other));
         gpu.at_barrier = 0;
         gpu.barriers++;
         for (int thread = 0; thread < gpu.num_threads; thread++) make_runnable(thread);
@@ -229,7 +228,7 @@ inline uint64_t meet(const char* what, const char* file, int line, unsigned mask
     if (!(mask >> lane & 1))
         fail(describe(me) + ": lane " + std::to_string(lane) + " is not in its own mask");
     if (!(mask >> source & 1))
-        fail(describe(me) + ": reads lane " + std::to_string(source) + ", which is not in the mask");
+        fail(describe(me) + ": reads lane " + std::to_string(source) + ", not in the mask");
     gpu.arrived[warp] |= 1u << lane;
     if ((gpu.arrived[warp] & mask) != mask) {
         suspend();
@@ -256,10 +255,9 @@ inline uint64_t meet(const char* what, const char* file, int line, unsigned mask
 }
 
 inline void sync_warp(const char* file, int line, unsigned mask = 0xFFFFFFFF) {
-    // Counted by the lane that comes last, before the others run on.
     const int warp = gpu.thread / WARP;
     const bool last = ((gpu.arrived[warp] | 1u << gpu.thread % WARP) & mask) == mask;
-    if (last) gpu.warp_barriers[warp]++;
+    if (last) gpu.warp_barriers[warp]++;  // before any lane runs on
     meet("__syncwarp", file, line, mask, 0, gpu.thread % WARP);
 }
 

@@ -84,7 +84,8 @@ __device__ __forceinline__ void attend_to_blocks(
             bool seen[TILE_ROWS];
 #pragma unroll
             for (int r = 0; r < TILE_ROWS; r++) {
-                const int offset = base + r * R::ROWS + row, token = logical * a.block_size + offset;
+                const int offset = base + r * R::ROWS + row;
+                const int token = logical * a.block_size + offset;
                 seen[r] = offset < a.block_size && token >= first && token < context;
             }
             const int64_t offset = block + (base + row) * a.token_stride();
@@ -135,7 +136,7 @@ template <typename A, int HEAD_SIZE, int GROUP>
 struct WarpPartials {
     Shared<A> largest, weight_sum, weighted_values;
 
-    static size_t bytes() { return DECODE_WARPS * GROUP * (HEAD_SIZE + 2) * sizeof(A) + 48; }
+    static size_t bytes() { return DECODE_WARPS * GROUP * (HEAD_SIZE + 2) * sizeof(A) + 96; }
 
     __device__ WarpPartials(SharedMemory& shared)
         : largest(shared.array<A>(DECODE_WARPS * GROUP, "largest")),

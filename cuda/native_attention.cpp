@@ -273,13 +273,14 @@ void attend(const Batch& b, const Tile& tile, const T* query, const T* keys, con
                 s.query[(h * s.rows + r) * s.width + i] = A(source[i]) * A(b.scale);
         }
 
-    const int64_t stride = b.kv_heads * size;                 // from one token to the next
+    const int64_t stride = b.kv_heads * size;               // from one token to the next
     const int64_t end = first_position + tile.num_queries;  // of what the last query sees
     const int64_t begin = std::max<int64_t>(0, first_position + 1 - b.window);
     const int64_t last = (end - 1) / b.block_size;
     for (int64_t logical = begin / b.block_size; logical <= last; logical++) {
         const int64_t start = std::max(begin, logical * b.block_size);  // position of its tokens
-        const Span span{std::min(end, (logical + 1) * b.block_size) - start, first_position - start};
+        const int64_t stop = std::min(end, (logical + 1) * b.block_size);
+        const Span span{stop - start, first_position - start};
         const int32_t* table = b.block_tables + tile.seq * b.max_blocks;
         const int64_t slot = table[logical] * b.block_size + start % b.block_size;
         const int64_t next = table[std::min(logical + 1, last)] * b.block_size;

@@ -12,6 +12,7 @@
 #include "paged_attention_v1.cuh"
 #include "paged_attention_v2.cuh"
 #include "prompt_attention.cuh"
+#include "prompt_tensor_cores.cuh"
 #include "steps/step1_naive.cuh"
 #include "steps/step2_shared_scores.cuh"
 #include "steps/step3_coalesced.cuh"
@@ -153,6 +154,17 @@ void run_version(const AttentionArguments& x) {
         auto kernel = prompt_attention<T, KV, HEAD_SIZE>;
         LAUNCH_WITH(*kernel, dim3(tiles, x.kv_heads, x.num_seqs), PROMPT_THREADS,
                     (prompt_shared_bytes<T, KV, HEAD_SIZE>()));
+    } else if (version == "tensor_cores") {
+        if constexpr (sizeof(T) == 2 && std::is_same_v<T, KV> && HEAD_SIZE % 16 == 0) {
+            const Attention<T, T> a = attention_of<T, T>(x);
+            const int rows = x.max_queries * (x.heads / x.kv_heads);
+            auto kernel = prompt_tensor_cores<T, HEAD_SIZE>;
+            LAUNCH_WITH(*kernel, dim3((rows + TENSOR_ROWS - 1) / TENSOR_ROWS, x.kv_heads, x.num_seqs),
+                        TENSOR_THREADS, (tensor_shared_bytes<T, HEAD_SIZE>()));
+        } else {
+            throw std::runtime_error(
+                "tensor cores need 16-bit queries and cache, and heads of a multiple of 16");
+        }
     } else if (version == "v1" || version == "v2") {
         if (x.group >= 8)
             run_decode<T, KV, HEAD_SIZE, 8>(x);

@@ -24,7 +24,7 @@ size_t prompt_shared_bytes() {
     using A = Accumulator<T>;
     constexpr int ROWS = PromptTile<KV, HEAD_SIZE>::ROWS, KEYS = PromptTile<KV, HEAD_SIZE>::KEYS;
     return ROWS * HEAD_SIZE * sizeof(T) + KEYS * HEAD_SIZE * sizeof(KV) +
-           (ROWS * KEYS + 3 * ROWS) * sizeof(A) + 96;
+           (ROWS * KEYS + 3 * ROWS) * sizeof(A) + 192;
 }
 
 // Copies the keys (or values) of the tokens begin .. begin + KEYS - 1 to shared memory; those

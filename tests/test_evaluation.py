@@ -5,12 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Request, Workload
 
+from minipaged.attention.contiguous import contiguous_attention
 from minipaged.engine.builder import EngineOptions, load_engine
 from minipaged.errors import ConfigurationError, InvalidRequestError
+from minipaged.evaluation import kernel
+from minipaged.evaluation.kernel import DecodeShape, measure_kernels
 from minipaged.evaluation.latency import measure_latency
 from minipaged.evaluation.prefix_replay import read_block_trace, replay
 from minipaged.evaluation.sharing import DATASETS, SPREAD, draw_lengths, measure_sharing
@@ -132,3 +136,35 @@ def test_json_of_a_replay(tmp_path):
     measurements = json.loads(out.read_text())["measurements"]
     assert [m["hits"] for m in measurements] == [1, 1]
     assert [m["pool_blocks"] for m in measurements] == [2, None]
+
+
+@pytest.mark.parametrize("attention", ["torch", "native"])
+def test_kernel_times_are_of_the_bytes_they_name(attention, monkeypatch):
+    monkeypatch.setattr(kernel, "BYTES_IN_ALL", {"cpu": 2**20})
+    shape = DecodeShape(batch=3, context=40, heads=6, kv_heads=2, head_dim=16, block_size=8)
+    times = measure_kernels(shape, attention, torch.float32, repeats=2)
+    assert [t.name for t in times if "torch" not in t.name or attention == "torch"] == [
+        f"{attention}, scattered blocks",
+        f"{attention}, blocks in a row",
+        "SDPA, contiguous",
+    ]
+    for t in times:
+        assert t.gigabytes_per_second * 1e9 * t.microseconds / 1e6 == pytest.approx(
+            2 * 3 * 40 * 2 * 16 * 4  # keys and values x sequences x tokens x heads x size x bytes
+        )
+        assert t.of_copy > 0
+
+
+def test_the_systems_of_the_kernel_bench_compute_the_same():
+    """Blocks in a row are the contiguous keys of each sequence; a context that fills no block."""
+    shape = DecodeShape(batch=3, context=37, heads=6, kv_heads=2, head_dim=16, block_size=8)
+    pools = [torch.randn(15, 8, 2, 16, dtype=torch.float64) for _ in range(2)]
+    query = torch.randn(3, 6, 16, dtype=torch.float64)
+    in_a_row = kernel._batch(shape, torch.arange(15).view(3, 5).tolist())
+    paged = kernel._paged("torch", in_a_row, query, [tuple(pools)])(0)
+    contiguous = kernel._contiguous(shape, query, [tuple(pools)])(0)
+    for seq in range(3):
+        keys, values = (pool[5 * seq : 5 * seq + 5].flatten(0, 1)[:37] for pool in pools)
+        wanted = contiguous_attention(query[seq : seq + 1], keys, values)[0]
+        torch.testing.assert_close(paged[seq], wanted)
+        torch.testing.assert_close(contiguous[seq].reshape(6, 16), wanted)

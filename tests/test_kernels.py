@@ -19,6 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_attention import Case, place, sequence_shapes
 
+from minipaged import LLM, SamplingParams
 from minipaged.attention import build
 from minipaged.attention.batch import PagedBatch
 from minipaged.attention.contiguous import contiguous_attention
@@ -155,11 +156,33 @@ def test_in_the_types_of_a_gpu(version, dtype, device, case):
     batch, keys, values, kv = place_typed(case, dtype, device)
     query = queries_of(case, dtype)
     decode = None if version == "prompt" else version
-    attention = KernelAttention(compile_for(device), device, decode=decode, splits=3)
+    attention = KernelAttention(compile_for(device), device, decode, "prompt", splits=3)
     actual = attention(batch)(query.to(device), keys, values).cpu()
     wanted = expected(case, query, kv)
     torch.testing.assert_close(
         actual.double(), wanted, rtol=ROUNDING[dtype] + 1e-5, atol=1e-5 * kv.abs().max().item()
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@given(case=typed_cases())
+@settings(max_examples=15)
+def test_tensor_cores(dtype, device, case):
+    """Their weights are rounded too, each by at most half a unit in the last place."""
+    torch.manual_seed(case.seed)
+    batch, keys, values, kv = place_typed(case, dtype, device)
+    query = queries_of(case, dtype)
+    launch = Launch(batch, np.arange(batch.num_seqs), "tensor_cores", torch.device(device), 1)
+    output = torch.empty_like(query.contiguous(), device=device)
+    kernels = compile_for(device)((dtype,), (case.head_dim,))
+    launch.run(kernels, output, query.to(device), keys, values)
+    largest = kv.abs().max().item()
+    torch.testing.assert_close(
+        output.cpu().double(),
+        expected(case, query, kv),
+        rtol=ROUNDING[dtype] + 1e-5,
+        atol=(2 * ROUNDING[dtype] + 1e-5) * largest,
     )
 
 
@@ -296,6 +319,18 @@ def test_every_order_of_the_threads_gives_the_same():
         kernels.seed_emulator(seed)
         outputs.append(attention(batch)(query, cache.keys[0], cache.values[0]))
     assert all(torch.equal(outputs[0], output) for output in outputs)
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_the_engine_on_a_gpu_generates_what_it_does_on_a_cpu():
+    prompts = ["ROMEO:", "First Citizen:", "To be, or not to be"]
+    params = SamplingParams(temperature=0, max_tokens=40)
+    texts = {}
+    for attention in ("cuda", "torch"):
+        llm = LLM(dtype="float32", attention=attention, num_blocks=20, preemption="swap")
+        texts[attention] = [output.outputs[0].text for output in llm.generate(prompts, params)]
+    assert texts["cuda"] == texts["torch"]
 
 
 class TestBadInput:

@@ -14,7 +14,7 @@ template <typename A, typename Fold>
 __device__ A fold_over_block(Shared<A> scratch, A value, Fold fold) {
     scratch[threadIdx.x] = value;
     __syncthreads();
-    for (int half = blockDim.x / 2; half > 0; half /= 2) {
+    for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
         if (threadIdx.x < half)
             scratch[threadIdx.x] = fold(A(scratch[threadIdx.x]), A(scratch[threadIdx.x + half]));
         __syncthreads();
@@ -28,7 +28,7 @@ constexpr int STEP2_THREADS = 128;
 
 template <typename A>
 size_t step2_shared_bytes(int longest_context) {
-    return (STEP2_THREADS + longest_context) * sizeof(A) + 32;
+    return (STEP2_THREADS + longest_context) * sizeof(A) + 64;
 }
 
 // Grid: (heads, seqs).

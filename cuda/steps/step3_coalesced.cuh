@@ -15,7 +15,7 @@ __device__ A sum_over_block(Shared<A> scratch, A value) {
     if (threadIdx.x % WARP_SIZE == 0) scratch[threadIdx.x / WARP_SIZE] = value;
     __syncthreads();
     A sum = 0;
-    for (int warp = 0; warp < blockDim.x / WARP_SIZE; warp++) sum += scratch[warp];
+    for (unsigned warp = 0; warp < blockDim.x / WARP_SIZE; warp++) sum += scratch[warp];
     __syncthreads();
     return sum;
 }
@@ -26,7 +26,7 @@ __device__ A largest_of_block(Shared<A> scratch, A value) {
     if (threadIdx.x % WARP_SIZE == 0) scratch[threadIdx.x / WARP_SIZE] = value;
     __syncthreads();
     A largest = minus_infinity<A>();
-    for (int warp = 0; warp < blockDim.x / WARP_SIZE; warp++)
+    for (unsigned warp = 0; warp < blockDim.x / WARP_SIZE; warp++)
         largest = larger(largest, A(scratch[warp]));
     __syncthreads();
     return largest;
@@ -65,7 +65,7 @@ constexpr int STEP3_THREADS = 128;
 
 template <typename A>
 size_t step3_shared_bytes(int longest_context) {
-    return (STEP3_THREADS / WARP_SIZE + longest_context) * sizeof(A) + 32;
+    return (STEP3_THREADS / WARP_SIZE + longest_context) * sizeof(A) + 64;
 }
 
 // Grid: (heads, seqs).

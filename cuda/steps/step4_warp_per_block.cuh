@@ -12,7 +12,7 @@ constexpr int STEP4_WARPS = 4;
 
 template <typename A>
 size_t step4_shared_bytes(int longest_context, int head_size) {
-    return (STEP4_WARPS + longest_context + head_size) * sizeof(A) + 48;
+    return (STEP4_WARPS + longest_context + head_size) * sizeof(A) + 96;
 }
 
 // Grid: (heads, seqs).  Threads: 32 * STEP4_WARPS.

@@ -12,7 +12,7 @@ constexpr int STEP5_WARPS = 4;
 
 template <typename A>
 size_t step5_shared_bytes(int head_size) {
-    return STEP5_WARPS * (head_size + 2) * sizeof(A) + 48;
+    return STEP5_WARPS * (head_size + 2) * sizeof(A) + 96;
 }
 
 // Grid: (heads, seqs).  Threads: 32 * STEP5_WARPS.

@@ -107,7 +107,7 @@ def emulated_kernels(
         "-U_FORTIFY_SOURCE",
         "-Wno-unknown-pragmas",
         "-fvisibility=hidden",
-        *_instances(dtypes, head_sizes),
+        *instances(dtypes, head_sizes),
     ]
     if not checked:
         flags.append("-DUNCHECKED")
@@ -136,7 +136,7 @@ def native_attention(sources: Path = SOURCES) -> Any:
 def cuda_kernels(dtypes: tuple[torch.dtype, ...], head_sizes: tuple[int, ...]) -> Any:
     """The kernels for these types and head sizes, compiled for the GPU of this machine."""
     find_nvcc()
-    flags = ["-O3", "--expt-relaxed-constexpr", *_instances(dtypes, head_sizes)]
+    flags = ["-O3", "--expt-relaxed-constexpr", *instances(dtypes, head_sizes)]
     return load(
         "minipaged_cuda",
         [SOURCES / "binding.cpp"],
@@ -146,8 +146,8 @@ def cuda_kernels(dtypes: tuple[torch.dtype, ...], head_sizes: tuple[int, ...]) -
     )
 
 
-def _instances(dtypes: Sequence[torch.dtype], head_sizes: Sequence[int]) -> list[str]:
-    """What paged_attention.cu is to compile."""
+def instances(dtypes: Sequence[torch.dtype], head_sizes: Sequence[int]) -> list[str]:
+    """Flags that say which kernels of paged_attention.cu are to be compiled."""
     types = ",".join(CPP_TYPES[dtype] for dtype in dtypes)
     return [f"-DNUMBER_TYPES={types}", f"-DHEAD_SIZES={','.join(map(str, head_sizes))}"]
 

@@ -25,6 +25,7 @@ from minipaged.attention.batch import (
 from minipaged.errors import ConfigurationError
 
 DECODING = ("step1", "step2", "step3", "step4", "step5", "v1", "v2")
+PROMPT = ("prompt", "tensor_cores")
 
 # Types of cache and queries, and the size of the heads, to the compiled functions.
 Compile = Callable[[tuple[torch.dtype, ...], tuple[int, ...]], Any]
@@ -47,7 +48,7 @@ def type_name(tensor: Tensor) -> str:
 class Launch:
     """One decoding or prompt kernel over some of the sequences of a step.
 
-    version: a name in DECODING, or "prompt".
+    version: a name in DECODING or PROMPT.
     splits: parts that v2 cuts each context into.
     """
 
@@ -130,7 +131,8 @@ class KernelAttention:
     """Prepares the launches of each step.
 
     decode, prompt: the kernels for sequences with one and with several new tokens; by default
-        v1, or v2 where v1 would leave most of the GPU without work.
+        v1, or v2 where v1 would leave most of the GPU without work, and on a GPU tensor cores
+        where the type is one of 16 bits.
     debug: check the block tables of every step, since a kernel would read from anywhere.
     """
 
@@ -139,7 +141,7 @@ class KernelAttention:
         compile_kernels: Compile,
         device: str = "cpu",
         decode: str | None = None,
-        prompt: str = "prompt",
+        prompt: str | None = None,
         splits: int | None = None,
         debug: bool = False,
     ) -> None:
@@ -171,7 +173,7 @@ class KernelAttention:
                     check_block_tables(batch, num_blocks=len(keys))
                 for seqs, decoding in parts:
                     if len(seqs):
-                        launches.append(self._launch(batch, seqs, decoding, keys.shape[2]))
+                        launches.append(self._launch(batch, seqs, decoding, query, keys))
             kernels = self.kernels(query.dtype, query.shape[2])
             query = contiguous_heads(query)
             output = query.new_empty(query.shape)
@@ -181,8 +183,13 @@ class KernelAttention:
 
         return attention
 
-    def _launch(self, batch: PagedBatch, seqs: np.ndarray, decoding: bool, kv_heads: int) -> Launch:
-        version, splits = self.prompt, 1
+    def _launch(
+        self, batch: PagedBatch, seqs: np.ndarray, decoding: bool, query: Tensor, keys: Tensor
+    ) -> Launch:
+        splits, kv_heads = 1, keys.shape[2]
+        # On a CPU nothing is gained by tensor cores, and the weights are rounded.
+        suits = query.is_cuda and query.itemsize == keys.itemsize == 2 and query.shape[2] % 16 == 0
+        version = self.prompt or ("tensor_cores" if suits else "prompt")
         if decoding:
             blocks = int(batch.context_lengths[seqs].max()) // batch.block_size
             splits = self.splits or self._splits(len(seqs) * kv_heads, blocks)

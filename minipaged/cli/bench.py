@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -191,6 +192,79 @@ def latency(
     report.show_latency(Console(highlight=False), latencies)
     if json_file is not None:
         report.write_json(json_file, latencies, model=model, dtype=dtype)
+
+
+@bench.command()
+def kernel(
+    attention: AttentionOption = "auto",
+    batch: Annotated[list[int] | None, typer.Option(help="may be given several times")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="tokens of each sequence")] = None,
+    heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
+    head_size: Annotated[int, typer.Option(help="elements of a head")] = 128,
+    block_size: BlockSizeOption = 16,
+    dtype: DtypeOption = "bfloat16",
+    repeats: Annotated[int, typer.Option(help="runs of each; the median counts")] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+    json_file: JsonOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Decoding attention of one layer: time, bandwidth, and what paging costs (figure 18a)."""
+    import torch
+
+    from minipaged.engine.builder import parse_dtype
+    from minipaged.evaluation import report
+    from minipaged.evaluation.kernel import DecodeShape, measure_kernels
+
+    chosen = parse_dtype(dtype)
+    if not isinstance(chosen, torch.dtype):
+        raise ConfigurationError("--dtype auto has no meaning without a model; name a type")
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", heads)
+    if match is None or int(match[1]) % int(match[2]):
+        raise ConfigurationError(
+            f"--heads is {heads!r}; give query heads / KV heads, the first a multiple of the "
+            "second, like 32/8"
+        )
+    batches, contexts = batch or [1, 8, 64, 256], context or [128, 1024, 4096]
+    _at_least_one("--batch", *batches)
+    _at_least_one("--context", *contexts)
+    _at_least_one("--repeats", repeats)
+    if threads:
+        torch.set_num_threads(threads)
+    times = []
+    for sequences in batches:
+        for tokens in contexts:
+            shape = DecodeShape(
+                sequences, tokens, int(match[1]), int(match[2]), head_size, block_size
+            )
+            times += measure_kernels(shape, attention, chosen, repeats, seed)
+    report.show_kernels(Console(highlight=False), times)
+    if json_file is not None:
+        report.write_json(json_file, times, attention=attention, dtype=dtype)
+
+
+@bench.command()
+def resources(
+    dtype: DtypeOption = "bfloat16",
+    head_size: Annotated[int, typer.Option(help="elements of a head")] = 128,
+    float8_cache: Annotated[bool, typer.Option(help="also the kernels for an 8-bit cache")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Registers, shared memory and spills of the CUDA kernels; needs nvcc, no GPU."""
+    import torch
+
+    from minipaged.attention.build import head_size_fits
+    from minipaged.engine.builder import parse_dtype
+    from minipaged.evaluation import report
+    from minipaged.evaluation.kernel_resources import kernel_resources
+
+    chosen = parse_dtype(dtype)
+    if not isinstance(chosen, torch.dtype):
+        raise ConfigurationError("--dtype auto has no meaning without a model; name a type")
+    head_size_fits(head_size, chosen)
+    found = kernel_resources(chosen, head_size, float8_cache)
+    report.show_resources(Console(highlight=False), found)
+    if json_file is not None:
+        report.write_json(json_file, found, dtype=dtype, head_size=head_size)
 
 
 def _at_least_one(name: str, *values: int) -> None:

@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.evaluation.kernel import KernelTime
+from minipaged.evaluation.kernel_resources import KernelResources
 from minipaged.evaluation.latency import Latency
 from minipaged.evaluation.prefix_replay import Replay
 from minipaged.evaluation.scheduler_cost import SchedulerCost
@@ -29,8 +31,10 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         models = [li for li in cpuinfo.read_text().splitlines() if li.startswith("model name")]
         name = models[0].split(":", 1)[1].strip() if models else name
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cpu": name,
+        **gpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -115,6 +119,26 @@ def show_latency(console: Console, latencies: list[Latency]) -> None:
         table.add_row(str(latency.budget), *(f"{figure:.0f}" for figure in figures))
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+
+
+def show_kernels(console: Console, times: list[KernelTime]) -> None:
+    """Time and bandwidth of one layer's attention, by batch and context."""
+    table = Table("batch", "context", "heads", "attention", "µs", "GB/s", "of a copy")
+    for t in times:
+        shape = (str(t.batch), str(t.context), f"{t.heads}/{t.kv_heads}", t.name)
+        figures = (f"{t.microseconds:.0f}", f"{t.gigabytes_per_second:.1f}", f"{t.of_copy:.0%}")
+        table.add_row(*shape, *figures, end_section=t.name.startswith("SDPA"))
+    console.print(table)
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+
+
+def show_resources(console: Console, resources: list[KernelResources]) -> None:
+    """Registers, shared memory and spills of every kernel."""
+    table = Table("kernel", "architecture", "registers", "static shared memory, B", "spilled, B")
+    for r in resources:
+        figures = (str(r.registers), str(r.shared_bytes), str(r.spill_bytes))
+        table.add_row(r.kernel, r.architecture, *figures)
+    console.print(table)
 
 
 def write_json(path: Path, measurements: Sequence[Any], **about: Any) -> None:

@@ -1,0 +1,169 @@
+"""How fast one layer of decoding attention is, and what paging costs it.
+
+The same queries over the same number of keys, by a paged attention with its blocks scattered,
+by the same attention with the blocks of each sequence in a row, and by PyTorch's
+scaled_dot_product_attention over contiguous tensors.  All take turns, each call works on
+another layer's cache, so that nothing is left in a cache of the processor, and the median
+counts.  What can be reached is the speed of a plain copy, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipaged.attention import attention_backend, backend_name, device_of
+from minipaged.attention.batch import PagedBatch
+
+# Keys and values of all layers together: more than any processor's cache holds.
+BYTES_IN_ALL = {"cpu": 2**28, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One way to compute the attention of a batch, each sequence with one new token.
+
+    gigabytes_per_second: of the keys and values, each counted once.
+    of_copy: that, relative to what a copy reads and writes in the same time.
+    """
+
+    name: str
+    batch: int
+    context: int
+    heads: int
+    kv_heads: int
+    microseconds: float
+    gigabytes_per_second: float
+    of_copy: float
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """Sizes of a decoding step; every sequence has `context` tokens in the cache."""
+
+    batch: int
+    context: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block_size: int = 16
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Blocks of each table, the last one perhaps not full."""
+        return -(-self.context // self.block_size)
+
+    def bytes_read(self, dtype: torch.dtype) -> int:
+        """Keys and values of all sequences in one layer."""
+        return 2 * self.batch * self.context * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+def measure_kernels(
+    shape: DecodeShape, attention: str, dtype: torch.dtype, repeats: int, seed: int = 0
+) -> list[KernelTime]:
+    """The paged attention, the same with blocks in a row, PyTorch's gather and contiguous SDPA."""
+    device = torch.device(device_of(attention))
+    generator = torch.Generator(device).manual_seed(seed)
+    layers = max(1, BYTES_IN_ALL[device.type] // shape.bytes_read(dtype))
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+    num_blocks = shape.batch * shape.blocks_per_sequence
+    pool = (num_blocks, shape.block_size, shape.kv_heads, shape.head_dim)
+    caches = [(random(*pool), random(*pool)) for _ in range(layers)]
+    query = random(shape.batch, shape.heads, shape.head_dim)
+
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
+    scattered = _batch(shape, order.view(shape.batch, -1).tolist())
+    in_a_row = _batch(shape, torch.arange(num_blocks).view(shape.batch, -1).tolist())
+    systems = {
+        f"{attention}, scattered blocks": _paged(attention, scattered, query, caches),
+        f"{attention}, blocks in a row": _paged(attention, in_a_row, query, caches),
+    }
+    if device.type == "cpu" and backend_name(attention) != "torch":
+        systems["torch, scattered blocks"] = _paged("torch", scattered, query, caches)
+    systems["SDPA, contiguous"] = _contiguous(shape, query, caches)
+
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for call in range(repeats + 1):  # the first one warms up
+        for name, run in systems.items():
+            elapsed = _time(run, device, layers) / layers
+            if call:
+                seconds[name].append(elapsed)
+    copy = copy_speed(device)
+    times = []
+    for name, runs in seconds.items():
+        speed = shape.bytes_read(dtype) / statistics.median(runs)
+        times.append(
+            KernelTime(
+                name,
+                shape.batch,
+                shape.context,
+                shape.heads,
+                shape.kv_heads,
+                statistics.median(runs) * 1e6,
+                speed / 1e9,
+                speed / copy,
+            )
+        )
+    return times
+
+
+def copy_speed(device: torch.device) -> float:
+    """Bytes per second that a copy reads and writes, the best of ten."""
+    source = torch.ones(BYTES_IN_ALL[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    fastest = min(_time(lambda _: target.copy_(source), device, 1) for _ in range(10))
+    return 2 * source.nbytes / fastest
+
+
+def _batch(shape: DecodeShape, tables: Sequence[Sequence[int]]) -> PagedBatch:
+    ones, contexts = [1] * shape.batch, [shape.context] * shape.batch
+    return PagedBatch.from_lists(shape.block_size, ones, contexts, tables)
+
+
+Layer = Callable[[int], Tensor]  # the attention of one layer
+
+
+def _paged(
+    attention: str, batch: PagedBatch, query: Tensor, caches: list[tuple[Tensor, Tensor]]
+) -> Layer:
+    attend = attention_backend(attention)(batch)
+    return lambda layer: attend(query, *caches[layer])
+
+
+def _contiguous(shape: DecodeShape, query: Tensor, caches: list[tuple[Tensor, Tensor]]) -> Layer:
+    """Over the same memory: the blocks in a row are each sequence's keys, but for the heads."""
+    kv_heads, head_dim = shape.kv_heads, shape.head_dim
+    grouped = query.view(shape.batch, kv_heads, -1, head_dim)
+
+    def by_head(pool: Tensor) -> Tensor:
+        tokens = pool.view(shape.batch, -1, kv_heads, head_dim)[:, : shape.context]
+        return tokens.transpose(1, 2).contiguous()
+
+    contiguous = [(by_head(keys), by_head(values)) for keys, values in caches]
+    return lambda layer: F.scaled_dot_product_attention(grouped, *contiguous[layer])
+
+
+@torch.inference_mode()
+def _time(run: Layer, device: torch.device, layers: int) -> float:
+    """Seconds for all layers, one after the other."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for layer in range(layers):
+            run(layer)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    began = time.perf_counter()
+    for layer in range(layers):
+        run(layer)
+    return time.perf_counter() - began
