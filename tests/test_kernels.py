@@ -169,6 +169,10 @@ def test_in_the_types_of_a_gpu(version, dtype, device, case):
 @given(case=typed_cases())
 @settings(max_examples=15)
 def test_tensor_cores(dtype, device, case):
+    check_tensor_cores(dtype, device, case)
+
+
+def check_tensor_cores(dtype, device, case):
     """Their weights are rounded too, each by at most half a unit in the last place."""
     torch.manual_seed(case.seed)
     batch, keys, values, kv = place_typed(case, dtype, device)

@@ -82,10 +82,16 @@ def test_a_planted_bug_is_caught(name, tmp_path):
 def check_kernel(name):
     """What test_kernels.py checks of a kernel, but not for the smallest example that fails."""
 
+    cases = test_kernels.exact_cases()
+    if name == "tensor_cores":
+        cases = test_kernels.typed_cases().filter(lambda case: case.head_dim == 64)
+
     @settings(settings.get_profile("planted"))
-    @given(case=test_kernels.exact_cases(), splits=st.integers(1, 5))
+    @given(case=cases, splits=st.integers(1, 5))
     def check(case, splits):
-        if name == "prompt":
+        if name == "tensor_cores":
+            test_kernels.check_tensor_cores(torch.bfloat16, "cpu", case)
+        elif name == "prompt":
             test_kernels.check_exactly(case)
         else:
             case = test_kernels.only_decoding(case)
