@@ -37,9 +37,9 @@ BUGS = {
 
 def plant(bug, directory):
     """A copy of the package with the bug in it."""
-    folder = Path(bug["file"]).parts[0]
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
-    shutil.copytree(ROOT / folder, directory / folder, ignore=ignored)
+    for folder in ("minipaged", "cuda"):
+        shutil.copytree(ROOT / folder, directory / folder, ignore=ignored)
     file = directory / bug["file"]
     text = file.read_text("utf-8")
     for edit in bug["edits"]:

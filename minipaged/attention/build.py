@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -161,8 +162,6 @@ def load(
     cuda_flags: Sequence[str] = (),
 ) -> Any:
     """The Python module of these functions, or that the sources define; compiled at most once."""
-    from torch.utils import cpp_extension  # half a second, for those who compile
-
     files = [*sources, *cuda_sources]
     if missing := [str(path) for path in files if not path.exists()]:
         raise ConfigurationError(
@@ -175,12 +174,16 @@ def load(
         # One process compiles, the others wait; the system lets go of it if that one dies.
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)  # torch's own, which a killed process leaves
+        library = folder / f"{folder.name}.so"
+        if library.exists():
+            return _import(library)
         start = time.perf_counter()
-        if not list(folder.glob("*.so")):
-            logger.info("compiling %s; this takes a minute, once", name)
+        logger.info("compiling %s; this takes a minute, once", name)
+        from torch.utils import cpp_extension  # half a second, for those who compile
+
         try:
             module = cpp_extension.load_inline(
-                name,
+                folder.name,  # of its own, so that torch numbers no versions of one name
                 cpp_sources=[path.read_text() for path in sources],
                 cuda_sources=[path.read_text() for path in cuda_sources],
                 functions=functions,
@@ -196,6 +199,16 @@ def load(
                 f'"torch", or mend what it says:\n{error}'
             ) from error
         logger.debug("%s was ready after %.1f s", name, time.perf_counter() - start)
+    return module
+
+
+def _import(library: Path) -> Any:
+    """The module in a library that was compiled before."""
+    spec = importlib.util.spec_from_file_location(library.stem, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
