@@ -10,6 +10,23 @@
 
 constexpr int DECODE_WARPS = 4;
 
+// What a thread block of v1 or v2 works on, by its place in the grid: GROUP query heads, from
+// first_head on, of a KV head of a sequence, and the blocks first_block .. end_block - 1.
+template <int GROUP>
+struct DecodeTask {
+    int seq = blockIdx.y, kv_head, first_head, end_head, first_block, end_block;
+
+    template <typename T, typename KV>
+    __device__ explicit DecodeTask(const Attention<T, KV>& a) {
+        const int parts = (a.group() + GROUP - 1) / GROUP, context = a.context_lengths[seq];
+        kv_head = blockIdx.x / parts;
+        first_head = kv_head * a.group() + blockIdx.x % parts * GROUP;
+        end_head = (kv_head + 1) * a.group();  // from here on they are those of the next KV head
+        first_block = a.first_seen(context) / a.block_size;
+        end_block = (context + a.block_size - 1) / a.block_size;
+    }
+};
+
 // What a warp has summed up of GROUP query heads, relative to the largest score of each; a lane
 // has its elements of the weighted values (see Row).
 template <typename A, typename R, int GROUP>
@@ -46,11 +63,11 @@ struct RowTile {
     }
 };
 
-// Attends to the tokens of the logical blocks first_block + warp, + DECODE_WARPS, ... < end_block
-// that the sequence's new token sees.  Heads from `group` on do not exist.
+// Attends to the tokens of the logical blocks begin + warp, + DECODE_WARPS, ... < end that the
+// sequence's new token sees.
 template <typename T, typename KV, int HEAD_SIZE, int GROUP>
 __device__ __forceinline__ void attend_to_blocks(
-    const Attention<T, KV>& a, int seq, int kv_head, int first_head, int first_block, int end_block,
+    const Attention<T, KV>& a, const DecodeTask<GROUP>& task, int begin, int end,
     PartialAttention<Accumulator<T>, Row<KV, HEAD_SIZE>, GROUP>& partial) {
     using A = Accumulator<T>;
     using R = Row<KV, HEAD_SIZE>;
@@ -58,14 +75,15 @@ __device__ __forceinline__ void attend_to_blocks(
     constexpr int TILE_ROWS = R::ROWS >= 16 ? 1 : R::ROWS >= 4 || R::PER_LANE * GROUP > 1 ? 4 : 8;
     constexpr int TILE = TILE_ROWS * R::ROWS;
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+    const int seq = task.seq, kv_head = task.kv_head;
     const int context = a.context_lengths[seq], first = a.first_seen(context);
     const A scale = a.score_scale(kv_head);
 
     A query[GROUP][R::VALUES];
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
-        const int head = first_head + g;
-        const bool exists = head < (kv_head + 1) * a.group();
+        const int head = task.first_head + g;
+        const bool exists = head < task.end_head;
         const int64_t offset = exists ? a.query_offset(a.query_starts[seq], head) : 0;
 #pragma unroll
         for (int i = 0; i < R::VALUES; i++) {
@@ -75,7 +93,7 @@ __device__ __forceinline__ void attend_to_blocks(
         }
     }
 
-    for (int logical = first_block + warp; logical < end_block; logical += DECODE_WARPS) {
+    for (int logical = begin + warp; logical < end; logical += DECODE_WARPS) {
         const int64_t block = a.block_offset(seq, logical, kv_head);
         for (int base = 0; base < a.block_size; base += TILE) {
             const int tile = logical * a.block_size + base;  // its first token

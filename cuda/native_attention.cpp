@@ -76,7 +76,7 @@ struct Scratch {
     explicit Scratch(const Batch& b)
         : width(padded<A>(b.head_size)), tokens(padded<A>(b.block_size)),
           rows(b.tile_queries() * b.group()), query(b.tile_kv_heads() * rows * width),
-          output(query.size()), weights(rows * tokens), largest(b.tile_kv_heads() * rows),
+          output(query.size()), weights(ROWS * tokens), largest(b.tile_kv_heads() * rows),
           weight_sums(largest.size() * at::vec::Vectorized<A>::size()),
           keys(b.block_size * width), values(keys.size()) {}
 };

@@ -22,26 +22,22 @@ template <typename T, typename KV, int HEAD_SIZE, int GROUP>
 __global__ void __launch_bounds__(WARP_SIZE* DECODE_WARPS)
     paged_attention_v2(Attention<T, KV> a, Workspace<Accumulator<T>> workspace) {
     using A = Accumulator<T>;
-    const int parts = (a.group() + GROUP - 1) / GROUP;
-    const int kv_head = blockIdx.x / parts, seq = blockIdx.y, split = blockIdx.z;
-    const int first_head = kv_head * a.group() + blockIdx.x % parts * GROUP;
-    const int context = a.context_lengths[seq];
-    const int first_block = a.first_seen(context) / a.block_size;
-    const int end_block = (context + a.block_size - 1) / a.block_size;
-    const int share = (end_block - first_block + workspace.splits - 1) / workspace.splits;
-    const int begin = first_block + split * share;
-    const int end = begin + share < end_block ? begin + share : end_block;
+    const DecodeTask<GROUP> task(a);
+    const int split = blockIdx.z, num_blocks = task.end_block - task.first_block;
+    const int share = (num_blocks + workspace.splits - 1) / workspace.splits;
+    const int begin = task.first_block + split * share;
+    const int end = begin + share < task.end_block ? begin + share : task.end_block;
 
     PartialAttention<A, Row<KV, HEAD_SIZE>, GROUP> partial;
     partial.clear();  // and so it stays in a part of no blocks: its sum is 0
-    attend_to_blocks<T, KV, HEAD_SIZE, GROUP>(a, seq, kv_head, first_head, begin, end, partial);
+    attend_to_blocks<T, KV, HEAD_SIZE, GROUP>(a, task, begin, end, partial);
     SharedMemory shared;
     WarpPartials<A, HEAD_SIZE, GROUP> warps(shared);
     warps.store(partial);
     for (int i = threadIdx.x; i < GROUP * HEAD_SIZE; i += blockDim.x) {
-        const int g = i / HEAD_SIZE, element = i % HEAD_SIZE, head = first_head + g;
-        if (head >= (kv_head + 1) * a.group()) break;
-        const int64_t place = (int64_t(seq) * a.heads + head) * workspace.splits + split;
+        const int g = i / HEAD_SIZE, element = i % HEAD_SIZE, head = task.first_head + g;
+        if (head >= task.end_head) break;
+        const int64_t place = (int64_t(task.seq) * a.heads + head) * workspace.splits + split;
         A overall, total;
         warps.totals(g, overall, total);
         workspace.weighted_values[place * HEAD_SIZE + element] = warps.element(g, element, overall);

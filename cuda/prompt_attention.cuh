@@ -7,7 +7,7 @@
 // The softmax is the online one (FlashAttention, Dao et al. 2022).
 #pragma once
 
-#include "attention.cuh"
+#include "prompt_tile.cuh"
 
 constexpr int PROMPT_WARPS = 4;
 constexpr int PROMPT_THREADS = WARP_SIZE * PROMPT_WARPS;
@@ -27,23 +27,6 @@ size_t prompt_shared_bytes() {
            (ROWS * KEYS + 3 * ROWS) * sizeof(A) + 192;
 }
 
-// Copies the keys (or values) of the tokens begin .. begin + KEYS - 1 to shared memory; those
-// from `end` on are never read, and are 0.
-template <typename T, typename KV, int HEAD_SIZE>
-__device__ void load_tile(const Attention<T, KV>& a, Global<const KV> array, int seq, int kv_head,
-                          int begin, int end, Shared<KV> tile) {
-    constexpr int CHUNK = Chunk<KV>::SIZE, CHUNKS = HEAD_SIZE / CHUNK;
-    constexpr int KEYS = PromptTile<KV, HEAD_SIZE>::KEYS;
-    for (int i = threadIdx.x; i < KEYS * CHUNKS; i += PROMPT_THREADS) {
-        const int token = begin + i / CHUNKS;
-        Chunk<KV> chunk = zero_chunk<KV>();
-        if (token < end)
-            chunk = load_chunk(array,
-                               a.token_offset(seq, token, kv_head) + int64_t(i % CHUNKS) * CHUNK);
-        for (int j = 0; j < CHUNK; j++) tile[i * CHUNK + j] = chunk.values[j];
-    }
-}
-
 // Grid: (tiles of the longest sequence, KV heads, seqs).  Threads: PROMPT_THREADS.
 template <typename T, typename KV, int HEAD_SIZE>
 __global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, KV> a) {
@@ -51,18 +34,10 @@ __global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, 
     constexpr int ROWS = PromptTile<KV, HEAD_SIZE>::ROWS, KEYS = PromptTile<KV, HEAD_SIZE>::KEYS;
     constexpr int OUTPUTS = (ROWS * HEAD_SIZE + PROMPT_THREADS - 1) / PROMPT_THREADS;
     static_assert(ROWS <= WARP_SIZE && KEYS <= WARP_SIZE, "a lane for each key of a row");
-    const int kv_head = blockIdx.y, seq = blockIdx.z, thread = threadIdx.x;
-    const int lane = thread % WARP_SIZE, warp = thread / WARP_SIZE;
-    const int start = a.query_starts[seq], num_queries = a.query_lengths[seq];
-    const int num_rows = num_queries * a.group(), first_row = blockIdx.x * ROWS;
-    if (first_row >= num_rows) return;  // the whole thread block, before its first barrier
-
-    // Row r of the tile is head r % group of query r / group; its position in the sequence:
-    const int computed = a.context_lengths[seq] - num_queries;
-    auto position = [&](int row) { return computed + (first_row + row) / a.group(); };
-    const int last_row = first_row + ROWS < num_rows ? ROWS - 1 : num_rows - 1 - first_row;
-    const int end = position(last_row) + 1;
-    const int begin = a.first_seen(position(0) + 1);
+    const int thread = threadIdx.x, lane = thread % WARP_SIZE, warp = thread / WARP_SIZE;
+    const QueryTile<T, KV, ROWS> rows(a);
+    if (rows.size() <= 0) return;  // the whole thread block, before its first barrier
+    const int kv_head = rows.kv_head, seq = rows.seq, begin = rows.begin(), end = rows.end();
 
     SharedMemory shared;
     Shared<T> query = shared.array<T>(ROWS * HEAD_SIZE, "query");
@@ -73,13 +48,11 @@ __global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, 
     Shared<A> correction = shared.array<A>(ROWS, "correction");
 
     for (int i = thread; i < ROWS * HEAD_SIZE; i += PROMPT_THREADS) {
-        const int row = first_row + i / HEAD_SIZE;
-        if (row >= num_rows) {
-            query[i] = T(0.0f);
-            continue;
-        }
-        const int head = kv_head * a.group() + row % a.group();
-        query[i] = a.query[a.query_offset(start + row / a.group(), head) + i % HEAD_SIZE];
+        const int row = i / HEAD_SIZE;
+        T value = T(0.0f);
+        if (row < rows.size())
+            value = a.query[a.query_offset(rows.token(row), rows.head(row)) + i % HEAD_SIZE];
+        query[i] = value;
     }
     if (thread < ROWS) {
         largest[thread] = minus_infinity<A>();
@@ -94,11 +67,11 @@ __global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, 
     auto element_of = [=](int o) { return (thread + o * PROMPT_THREADS) % HEAD_SIZE; };
 
     for (int first_key = begin; first_key < end; first_key += KEYS) {
-        load_tile<T, KV, HEAD_SIZE>(a, a.keys, seq, kv_head, first_key, end, tile);
+        load_tile<KEYS, HEAD_SIZE, HEAD_SIZE>(a, a.keys, seq, kv_head, first_key, end, tile);
         __syncthreads();
 
         for (int i = thread; i < ROWS * KEYS; i += PROMPT_THREADS) {
-            const int row = i / KEYS, key = i % KEYS, distance = position(row) - first_key - key;
+            const int row = i / KEYS, key = i % KEYS, distance = rows.position(row) - first_key - key;
             A score = minus_infinity<A>();
             if (distance >= 0 && distance < a.window) {
                 score = 0;
@@ -112,7 +85,7 @@ __global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, 
         __syncthreads();
 
         // A warp for each row, a lane for each key; meanwhile the values take the keys' place.
-        load_tile<T, KV, HEAD_SIZE>(a, a.values, seq, kv_head, first_key, end, tile);
+        load_tile<KEYS, HEAD_SIZE, HEAD_SIZE>(a, a.values, seq, kv_head, first_key, end, tile);
         for (int row = warp; row < ROWS; row += PROMPT_WARPS) {
             const A score = lane < KEYS ? A(weights[row * KEYS + lane]) : minus_infinity<A>();
             const A before = largest[row];
@@ -142,10 +115,9 @@ __global__ void __launch_bounds__(PROMPT_THREADS) prompt_attention(Attention<T, 
 
 #pragma unroll
     for (int o = 0; o < OUTPUTS; o++) {
-        const int row = first_row + row_of(o);
-        if (row >= num_rows || thread + o * PROMPT_THREADS >= ROWS * HEAD_SIZE) break;
-        const int head = kv_head * a.group() + row % a.group();
-        a.output[a.output_offset(start + row / a.group(), head) + element_of(o)] =
-            T(output[o] / weight_sum[row_of(o)] * a.output_scale(kv_head));
+        const int row = row_of(o);
+        if (row >= rows.size() || thread + o * PROMPT_THREADS >= ROWS * HEAD_SIZE) break;
+        a.output[a.output_offset(rows.token(row), rows.head(row)) + element_of(o)] =
+            T(output[o] / weight_sum[row] * a.output_scale(kv_head));
     }
 }

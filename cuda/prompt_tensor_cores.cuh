@@ -8,7 +8,7 @@
 // before they are multiplied, and summed up as rounded.
 #pragma once
 
-#include "attention.cuh"
+#include "prompt_tile.cuh"
 #include "wmma_on_cpu.h"
 
 constexpr int TENSOR_WARPS = 4;
@@ -33,18 +33,10 @@ __global__ void __launch_bounds__(TENSOR_THREADS) prompt_tensor_cores(Attention<
     using RightTransposed = wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::col_major>;
     using Sum = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
     constexpr int STRIDE = HEAD_SIZE + SKEW, SCORE_STRIDE = TENSOR_KEYS + SKEW;
-    const int kv_head = blockIdx.y, seq = blockIdx.z, thread = threadIdx.x;
-    const int lane = thread % WARP_SIZE, warp = thread / WARP_SIZE;
-    const int start = a.query_starts[seq], num_queries = a.query_lengths[seq];
-    const int num_rows = num_queries * a.group(), first_row = blockIdx.x * TENSOR_ROWS;
-    if (first_row >= num_rows) return;  // the whole thread block, before its first barrier
-
-    // As in prompt_attention: row r is head r % group of query r / group.
-    const int computed = a.context_lengths[seq] - num_queries;
-    auto position = [&](int row) { return computed + (first_row + row) / a.group(); };
-    const int last_row =
-        first_row + TENSOR_ROWS < num_rows ? TENSOR_ROWS - 1 : num_rows - 1 - first_row;
-    const int end = position(last_row) + 1, begin = a.first_seen(position(0) + 1);
+    const int thread = threadIdx.x, lane = thread % WARP_SIZE, warp = thread / WARP_SIZE;
+    const QueryTile<T, T, TENSOR_ROWS> rows(a);
+    if (rows.size() <= 0) return;  // the whole thread block, before its first barrier
+    const int kv_head = rows.kv_head, seq = rows.seq, begin = rows.begin(), end = rows.end();
 
     SharedMemory shared;
     Shared<T> query = shared.array<T>(TENSOR_ROWS * STRIDE, "query");
@@ -56,33 +48,21 @@ __global__ void __launch_bounds__(TENSOR_THREADS) prompt_tensor_cores(Attention<
     Shared<float> weight_sum = shared.array<float>(TENSOR_ROWS, "weight_sum");
 
     for (int i = thread; i < TENSOR_ROWS * HEAD_SIZE; i += TENSOR_THREADS) {
-        const int r = i / HEAD_SIZE, row = first_row + r, element = i % HEAD_SIZE;
+        const int row = i / HEAD_SIZE, element = i % HEAD_SIZE;
         T value = T(0.0f);
-        if (row < num_rows) {
-            const int head = kv_head * a.group() + row % a.group();
-            value = a.query[a.query_offset(start + row / a.group(), head) + element];
-        }
-        query[r * STRIDE + element] = value;
-        output[r * STRIDE + element] = 0.0f;
+        if (row < rows.size())
+            value = a.query[a.query_offset(rows.token(row), rows.head(row)) + element];
+        query[row * STRIDE + element] = value;
+        output[row * STRIDE + element] = 0.0f;
     }
     if (thread < TENSOR_ROWS) {
         largest[thread] = minus_infinity<float>();
         weight_sum[thread] = 0.0f;
     }
-    auto load_tile = [&](Global<const T> array, int first_key) {
-        constexpr int CHUNK = Chunk<T>::SIZE, CHUNKS = HEAD_SIZE / CHUNK;
-        for (int i = thread; i < TENSOR_KEYS * CHUNKS; i += TENSOR_THREADS) {
-            const int key = i / CHUNKS, token = first_key + key, element = i % CHUNKS * CHUNK;
-            Chunk<T> chunk = zero_chunk<T>();
-            if (token < end)
-                chunk = load_chunk(array, a.token_offset(seq, token, kv_head) + element);
-            for (int j = 0; j < CHUNK; j++) tile[key * STRIDE + element + j] = chunk.values[j];
-        }
-    };
 
     const int my_rows = warp * 16;  // the first of the warp's 16
     for (int first_key = begin; first_key < end; first_key += TENSOR_KEYS) {
-        load_tile(a.keys, first_key);
+        load_tile<TENSOR_KEYS, STRIDE, HEAD_SIZE>(a, a.keys, seq, kv_head, first_key, end, tile);
         __syncthreads();
 
         // scores = query x keys transposed
@@ -101,9 +81,9 @@ __global__ void __launch_bounds__(TENSOR_THREADS) prompt_tensor_cores(Attention<
         }
         __syncthreads();
 
-        load_tile(a.values, first_key);
+        load_tile<TENSOR_KEYS, STRIDE, HEAD_SIZE>(a, a.values, seq, kv_head, first_key, end, tile);
         for (int row = my_rows; row < my_rows + 16; row++) {
-            const int distance = position(row) - first_key - lane;
+            const int distance = rows.position(row) - first_key - lane;
             float score = minus_infinity<float>();
             if (distance >= 0 && distance < a.window)
                 score = scores[row * SCORE_STRIDE + lane] * a.scale;
@@ -141,10 +121,9 @@ __global__ void __launch_bounds__(TENSOR_THREADS) prompt_tensor_cores(Attention<
         __syncthreads();  // all are done with the values before the next keys come
     }
 
-    for (int i = thread; i < (last_row + 1) * HEAD_SIZE; i += TENSOR_THREADS) {
-        const int r = i / HEAD_SIZE, row = first_row + r, element = i % HEAD_SIZE;
-        const int head = kv_head * a.group() + row % a.group();
-        a.output[a.output_offset(start + row / a.group(), head) + element] =
-            T(output[r * STRIDE + element] / weight_sum[r]);
+    for (int i = thread; i < rows.size() * HEAD_SIZE; i += TENSOR_THREADS) {
+        const int row = i / HEAD_SIZE, element = i % HEAD_SIZE;
+        a.output[a.output_offset(rows.token(row), rows.head(row)) + element] =
+            T(output[row * STRIDE + element] / weight_sum[row]);
     }
 }

@@ -82,6 +82,16 @@ class PagedBatch:
             return np.zeros_like(self.context_lengths)
         return np.maximum(0, self.context_lengths - self.query_lengths - self.window + 1)
 
+    def columns(self, seqs: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
+        """What compiled code is given of these sequences, by the names it has there, in int32."""
+        columns = {
+            "block_tables": self.block_tables,
+            "context_lengths": self.context_lengths,
+            "query_starts": self.query_starts[:-1],
+            "query_lengths": self.query_lengths,
+        }
+        return {name: column[seqs].astype(np.int32) for name, column in columns.items()}
+
     def positions(self) -> Int[np.ndarray, " tokens"]:
         """Position of every new token in its sequence."""
         first = self.context_lengths - self.query_lengths - self.query_starts[:-1]

@@ -36,8 +36,8 @@ CPP_TYPES = {
 }
 
 
-def find_compiler() -> str:
-    """The C++ compiler that torch will call; raises ConfigurationError where there is none."""
+def find_compiler() -> None:
+    """Raises ConfigurationError unless torch can call a C++ compiler."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise ConfigurationError(
@@ -53,7 +53,6 @@ def find_compiler() -> str:
             "found no ninja, which torch compiles with; `pip install ninja`, or choose attention "
             '"torch"'
         )
-    return compiler
 
 
 def find_nvcc() -> None:
@@ -120,7 +119,7 @@ def emulated_kernels(
 
 
 @functools.cache
-def native_attention(sources: Path = SOURCES) -> Any:
+def native_attention() -> Any:
     """The attention for this processor, with the vector instructions that torch uses on it."""
     find_compiler()
     capability = torch.backends.cpu.get_cpu_capability()
@@ -130,7 +129,7 @@ def native_attention(sources: Path = SOURCES) -> Any:
     if platform.system() == "Linux":
         # Its threads are those of torch, whose OpenMP is loaded already: so nothing is linked.
         flags.append("-fopenmp")
-    return load("minipaged_native", [sources / "native_attention.cpp"], flags, ["native_attention"])
+    return load("minipaged_native", [SOURCES / "native_attention.cpp"], flags, ["native_attention"])
 
 
 @functools.cache

@@ -6,7 +6,6 @@ those with several to the prompt kernel; they read the blocks where they are.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,17 +54,13 @@ class Launch:
     def __init__(
         self, batch: PagedBatch, seqs: np.ndarray, version: str, device: torch.device, splits: int
     ) -> None:
-        columns = (
-            batch.block_tables,
-            batch.context_lengths,
-            batch.query_starts[:-1],
-            batch.query_lengths,
-        )
-        # The tensors, which have to live as long as their addresses are used.
-        self._arrays = [torch.from_numpy(c[seqs].astype(np.int32)).to(device) for c in columns]
-        names = ("block_tables", "context_lengths", "query_starts", "query_lengths")
+        # The tensors have to live as long as their addresses are used.
+        self._arrays = {
+            name: torch.from_numpy(column).to(device)
+            for name, column in batch.columns(seqs).items()
+        }
         self._version, self._splits, self._num_seqs = version, splits, len(seqs)
-        self._arguments: Arguments = dict(zip(names, map(array, self._arrays), strict=True))
+        self._arguments: Arguments = {name: array(t) for name, t in self._arrays.items()}
         self._arguments |= {
             "version": version,
             "splits": splits,
@@ -145,9 +140,7 @@ class KernelAttention:
         splits: int | None = None,
         debug: bool = False,
     ) -> None:
-        self._compile = functools.cache(
-            lambda dtype, head_size: compile_kernels((dtype,), (head_size,))
-        )
+        self._compile = compile_kernels
         self.device = torch.device(device)
         self.decode, self.prompt, self.splits = decode, prompt, splits
         self.debug = debug
@@ -155,7 +148,7 @@ class KernelAttention:
     def kernels(self, dtype: torch.dtype, head_size: int) -> Any:
         """The functions compiled for this type and size, at the first call for it."""
         build.head_size_fits(head_size, dtype)
-        return self._compile(dtype, head_size)
+        return self._compile((dtype,), (head_size,))
 
     def cache_operations(self, dtype: torch.dtype, head_size: int) -> KernelCacheOperations:
         """What changes a cache of this type, by kernels of the same build."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,13 +28,7 @@ class NativeAttention:
 
     def __call__(self, batch: PagedBatch) -> PagedAttention:
         check_contexts(batch)
-        columns = (
-            batch.block_tables,
-            batch.context_lengths,
-            batch.query_starts[:-1],
-            batch.query_lengths,
-        )
-        arrays = [torch.from_numpy(column.astype(np.int32)) for column in columns]
+        arrays = [torch.from_numpy(column) for column in batch.columns().values()]
 
         def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             query = contiguous_heads(query)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from minipaged.cli.options import (
     SeqsOption,
 )
 from minipaged.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
 
 bench = typer.Typer(help="Measure.", no_args_is_help=True)
 
@@ -211,13 +214,10 @@ def kernel(
     """Decoding attention of one layer: time, bandwidth, and what paging costs (figure 18a)."""
     import torch
 
-    from minipaged.engine.builder import parse_dtype
     from minipaged.evaluation import report
     from minipaged.evaluation.kernel import DecodeShape, measure_kernels
 
-    chosen = parse_dtype(dtype)
-    if not isinstance(chosen, torch.dtype):
-        raise ConfigurationError("--dtype auto has no meaning without a model; name a type")
+    chosen = _named_dtype(dtype)
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", heads)
     if match is None or int(match[1]) % int(match[2]):
         raise ConfigurationError(
@@ -250,21 +250,28 @@ def resources(
     json_file: JsonOption = None,
 ) -> None:
     """Registers, shared memory and spills of the CUDA kernels; needs nvcc, no GPU."""
-    import torch
-
     from minipaged.attention.build import head_size_fits
-    from minipaged.engine.builder import parse_dtype
     from minipaged.evaluation import report
     from minipaged.evaluation.kernel_resources import kernel_resources
 
-    chosen = parse_dtype(dtype)
-    if not isinstance(chosen, torch.dtype):
-        raise ConfigurationError("--dtype auto has no meaning without a model; name a type")
+    chosen = _named_dtype(dtype)
     head_size_fits(head_size, chosen)
     found = kernel_resources(chosen, head_size, float8_cache)
     report.show_resources(Console(highlight=False), found)
     if json_file is not None:
         report.write_json(json_file, found, dtype=dtype, head_size=head_size)
+
+
+def _named_dtype(name: str) -> torch.dtype:
+    """A type where there is no model to say which."""
+    import torch
+
+    from minipaged.engine.builder import parse_dtype
+
+    dtype = parse_dtype(name)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigurationError("--dtype auto has no meaning without a model; name a type")
+    return dtype
 
 
 def _at_least_one(name: str, *values: int) -> None:
