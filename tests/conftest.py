@@ -2,6 +2,10 @@
 
 import os
 
+# Two workers on two cores: threads of one that wait for those of the other cost more than they do.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 

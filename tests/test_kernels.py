@@ -30,6 +30,7 @@ from minipaged.attention.kernels import (
     Launch,
     array,
 )
+from minipaged.attention.native import NativeAttention
 from minipaged.errors import ConfigurationError
 from minipaged.memory.block_table import BlockCopy
 from minipaged.memory.kv_cache import KVCache, KVCacheShape
@@ -357,11 +358,14 @@ class TestBadInput:
         with pytest.raises(ConfigurationError, match='"cuda" needs an NVIDIA GPU'):
             build.find_nvcc()
 
-    def test_a_table_with_a_block_that_the_cache_does_not_have(self):
+    @pytest.mark.parametrize("native", [False, True])
+    def test_a_table_with_a_block_that_the_cache_does_not_have(self, native):
         """What debug mode says before any kernel runs: the sequence, the block, the limit."""
         batch = PagedBatch.from_lists(4, [1, 1], [3, 6], [[0], [1, 9]])
         cache = torch.zeros(5, 4, 1, 6, dtype=torch.float64)
         attention = KernelAttention(exact_kernels, debug=True)
+        if native:
+            attention = NativeAttention(debug=True)
         query = torch.zeros(2, 1, 6, dtype=torch.float64)
         with pytest.raises(IndexError, match=r"sequence 1 .* logical block 1 .* 9, .* 5 blocks"):
             attention(batch)(query, cache, cache)

@@ -20,10 +20,6 @@ from minipaged.errors import ConfigurationError
 Prepare = Callable[[PagedBatch], PagedAttention]
 
 
-def _native(debug: bool) -> Prepare:
-    return native.native_or_gathered()
-
-
 def _emulated(debug: bool) -> Prepare:
     build.find_compiler()
     compile_kernels = functools.partial(build.emulated_kernels, checked=False)
@@ -39,7 +35,7 @@ def _cuda(debug: bool) -> Prepare:
 BACKENDS: dict[str, Callable[[bool], Prepare]] = {
     "reference": lambda debug: paged.prepare,
     "torch": lambda debug: gathered.GatheredAttention(),
-    "native": _native,
+    "native": native.native_or_gathered,
     "emulated": _emulated,
     "cuda": _cuda,
 }

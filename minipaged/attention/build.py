@@ -36,6 +36,10 @@ CPP_TYPES = {
 }
 
 
+# longjmp from one stack to another is what _FORTIFY_SOURCE forbids.
+EMULATED_FLAGS = ["-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-fvisibility=hidden"]
+
+
 def find_compiler() -> None:
     """Raises ConfigurationError unless torch can call a C++ compiler."""
     compiler = os.environ.get("CXX", "c++")
@@ -97,25 +101,14 @@ def emulated_kernels(
     dtypes: tuple[torch.dtype, ...],
     head_sizes: tuple[int, ...],
     checked: bool = True,
-    sources: Path = SOURCES,
 ) -> Any:
     """The kernels for these types and head sizes, compiled for the CPU (cuda_on_cpu.h)."""
     find_compiler()
-    # longjmp from one stack to another is what _FORTIFY_SOURCE forbids.
-    flags = [
-        "-O1",
-        "-U_FORTIFY_SOURCE",
-        "-Wno-unknown-pragmas",
-        "-fvisibility=hidden",
-        *instances(dtypes, head_sizes),
-    ]
+    flags = [*EMULATED_FLAGS, *instances(dtypes, head_sizes)]
     if not checked:
         flags.append("-DUNCHECKED")
-    return load(
-        "minipaged_emulated",
-        [sources / "paged_attention.cu", sources / "binding.cpp"],
-        flags,
-    )
+    sources = [SOURCES / "paged_attention.cu", SOURCES / "binding.cpp"]
+    return load("minipaged_emulated", sources, flags)
 
 
 @functools.cache
@@ -175,7 +168,7 @@ def load(
         (folder / "lock").unlink(missing_ok=True)  # torch's own, which a killed process leaves
         library = folder / f"{folder.name}.so"
         if library.exists():
-            return _import(library)
+            return import_library(folder.name, library)
         start = time.perf_counter()
         logger.info("compiling %s; this takes a minute, once", name)
         from torch.utils import cpp_extension  # half a second, for those who compile
@@ -201,9 +194,9 @@ def load(
     return module
 
 
-def _import(library: Path) -> Any:
-    """The module in a library that was compiled before."""
-    spec = importlib.util.spec_from_file_location(library.stem, library)
+def import_library(name: str, library: Path) -> Any:
+    """The module of this name in a library that was compiled before."""
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

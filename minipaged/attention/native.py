@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from minipaged.attention import build
-from minipaged.attention.batch import PagedAttention, PagedBatch, check_contexts
+from minipaged.attention.batch import (
+    PagedAttention,
+    PagedBatch,
+    check_block_tables,
+    check_contexts,
+)
 from minipaged.attention.gathered import GatheredAttention
 from minipaged.attention.kernels import contiguous_heads
 from minipaged.errors import ConfigurationError
@@ -21,16 +26,22 @@ logger = logging.getLogger("minipaged")
 
 
 class NativeAttention:
-    """Prepares the arrays of each step for the compiled kernel."""
+    """Prepares the arrays of each step for the compiled kernel.
 
-    def __init__(self) -> None:
+    debug: check the block tables of every step, since the kernel would read from anywhere.
+    """
+
+    def __init__(self, debug: bool = False) -> None:
         self._run = build.native_attention().native_attention
+        self.debug = debug
 
     def __call__(self, batch: PagedBatch) -> PagedAttention:
         check_contexts(batch)
         arrays = [torch.from_numpy(column) for column in batch.columns().values()]
 
         def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            if self.debug:
+                check_block_tables(batch, num_blocks=len(keys))
             query = contiguous_heads(query)
             output = query.new_empty(query.shape)
             scale = 1 / math.sqrt(query.shape[2])
@@ -40,10 +51,10 @@ class NativeAttention:
         return attention
 
 
-def native_or_gathered() -> NativeAttention | GatheredAttention:
+def native_or_gathered(debug: bool = False) -> NativeAttention | GatheredAttention:
     """The compiled attention; where it cannot be compiled, a warning and PyTorch's."""
     try:
-        return NativeAttention()
+        return NativeAttention(debug)
     except ConfigurationError as error:
         logger.warning("attention runs on PyTorch's own operators instead: %s", error)
         return GatheredAttention()
