@@ -16,11 +16,10 @@ from minipaged.engine.engine import Engine
 from minipaged.engine.naive import beam_search_alone, generate_alone
 from minipaged.engine.outputs import RequestOutput
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.reservation import RESERVATIONS, ReservationManager
 from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
 from minipaged.request.sampling_params import SamplingParams
-from minipaged.request.sequence import Sequence, SequenceGroup
-from minipaged.scheduling.scheduler import Scheduler
 
 VOCAB = 13
 CONTEXT = 64
@@ -91,6 +90,7 @@ class Workload:
     prefix_caching: bool = False
     sliding_window: int | None = None
     policy: str = "fcfs"
+    memory_policy: str = "paged"
 
     @property
     def decoder(self) -> Decoder:
@@ -113,6 +113,7 @@ class Workload:
                 enable_prefix_caching=self.prefix_caching,
                 prefix_cache_seed=1,
                 policy=self.policy,
+                memory_policy=self.memory_policy,
                 debug=True,
                 seed=ENGINE_SEED,
             ),
@@ -315,10 +316,30 @@ def workloads(
     )
 
 
+@st.composite
+def reserving_workloads(draw: st.DrawFn) -> Workload:
+    """The same with contiguous reservations, in pools that hold from one request to some."""
+    workload = draw(workloads())
+    policy = draw(st.sampled_from(sorted(RESERVATIONS)))
+    manager = ReservationManager(workload.block_size, 1, policy, CONTEXT)
+    sizes = []
+    for request in workload.requests:
+        params, prompt = SamplingParams(**request.params), len(request.prompt)
+        tokens = prompt + params.max_tokens - 1
+        sizes.append(manager.most_blocks(prompt, tokens, params.width, 0))
+    return dataclasses.replace(
+        workload,
+        num_blocks=draw(st.integers(max(sizes), max(max(sizes), sum(sizes)))),
+        memory_policy=policy,
+        preemption="recompute",
+        num_host_blocks=0,
+        prefix_caching=False,
+    )
+
+
 def smallest_pool(request: Request, block_size: int, window: int | None, budget: int) -> int:
     """Blocks of the smallest pool in which the request is not refused."""
     params = SamplingParams(**request.params)
     manager = BlockManager(block_size, 1, sliding_window=window)
-    scheduler = Scheduler(manager, params.width, budget)
-    group = SequenceGroup("", [Sequence(0, request.prompt)], params, 0)
-    return scheduler.most_blocks(group, len(request.prompt) + params.max_tokens - 1)
+    prompt = len(request.prompt)
+    return manager.most_blocks(prompt, prompt + params.max_tokens - 1, params.width, budget)

@@ -22,6 +22,7 @@ from minipaged.errors import ConfigurationError
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.kv_cache import KVCache, KVCacheShape
 from minipaged.memory.prefix_cache import PrefixCache
+from minipaged.memory.reservation import ReservationManager
 from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
 from minipaged.models.loader import load_decoder
@@ -62,6 +63,9 @@ class EngineOptions:
         estimated to be cheaper.
     swap_space_gib: memory for swapped blocks in GiB; None is as much as the pool has, and more
         than that is never taken.
+    memory_policy: "paged", or a contiguous reservation for every request, to compare with:
+        "orca-max", "orca-pow2" or "orca-oracle", which reserve the model's context, the output
+        rounded up to a power of two, or just enough; "static" is "orca-max" in static batches.
     enable_prefix_caching: share full blocks with earlier requests that began with the same
         tokens.
     prefix_cache_seed: of the hash that finds them; None draws a secret one.
@@ -80,6 +84,7 @@ class EngineOptions:
     policy: str = "fcfs"
     preemption: PreemptionMode = "recompute"
     swap_space_gib: float | None = None
+    memory_policy: str = "paged"
     enable_prefix_caching: bool = False
     prefix_cache_seed: int | None = None
     attention: str = "auto"
@@ -112,15 +117,7 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
     if num_blocks is None:
         num_blocks = blocks_within_budget(config, dtype, options)
     preemption = Preemption(options.preemption, preemption_costs(decoder, options.block_size))
-    manager = BlockManager(
-        options.block_size,
-        num_blocks,
-        host_blocks(config, dtype, num_blocks, options),
-        sliding_window=config.sliding_window,
-        prefix_cache=PrefixCache(options.block_size, options.prefix_cache_seed)
-        if options.enable_prefix_caching
-        else None,
-    )
+    manager = block_manager(config, dtype, num_blocks, options)
     shape = cache_shape(config, num_blocks, options.block_size)
     shape = dataclasses.replace(shape, num_host_blocks=manager.host.num_blocks)
     attention = attention_backend(options.attention, options.debug)
@@ -132,8 +129,11 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
     if options.debug:
         manager.device.on_free = cache.poison
     budget = options.max_num_batched_tokens
+    static = options.memory_policy == "static"
     if budget is None:
         budget = max(2048, options.max_num_seqs, options.block_size)
+        if static:  # all prompts of a batch are computed together
+            budget = max(budget, num_blocks * options.block_size)
     logger.info(
         "KV cache: %d blocks of %d tokens, %.1f MiB in %s%s%s; attention: %s",
         num_blocks,
@@ -146,12 +146,48 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
     )
     return Engine(
         ModelRunner(decoder, cache, attention),
-        Scheduler(manager, options.max_num_seqs, budget, policy_named(options.policy), preemption),
+        Scheduler(
+            manager,
+            options.max_num_seqs,
+            budget,
+            policy_named(options.policy),
+            preemption,
+            static_batches=static,
+        ),
         vocab_size=config.vocab_size,
         context_length=config.context_length,
         tokenizer=tokenizer,
         eos_token_ids=config.eos_token_ids,
         seed=options.seed,
+    )
+
+
+def block_manager(
+    config: ModelConfig, dtype: torch.dtype, num_blocks: int, options: EngineOptions
+) -> BlockManager:
+    """Who gives out the memory: blocks when they are needed, or contiguous runs in advance."""
+    if options.memory_policy == "paged":
+        prefix_cache = None
+        if options.enable_prefix_caching:
+            prefix_cache = PrefixCache(options.block_size, options.prefix_cache_seed)
+        return BlockManager(
+            options.block_size,
+            num_blocks,
+            host_blocks(config, dtype, num_blocks, options),
+            sliding_window=config.sliding_window,
+            prefix_cache=prefix_cache,
+        )
+    for name, value, usual in (
+        ("enable_prefix_caching", options.enable_prefix_caching, False),
+        ("preemption", options.preemption, "recompute"),
+    ):
+        if value != usual:
+            raise ConfigurationError(
+                f"{name} is {value!r} and memory_policy {options.memory_policy!r}: contiguous "
+                f'memory is neither shared nor taken back; choose "paged" or leave {name} {usual!r}'
+            )
+    return ReservationManager(
+        options.block_size, num_blocks, options.memory_policy, config.context_length
     )
 
 

@@ -34,7 +34,8 @@ class BlockAllocator:
         self.on_free = on_free
         self.on_evict: Callable[[BlockId], None] | None = None
         self._ref_counts = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: warm blocks are used again
+        # A stack, so that warm blocks are used again, out of which any block can be taken.
+        self._free = dict.fromkeys(range(num_blocks - 1, -1, -1))
         self._remembered: set[BlockId] = set()
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # free and remembered, in order
 
@@ -65,7 +66,15 @@ class BlockAllocator:
     def allocate(self) -> BlockId:
         """Take a free block; its reference count is 1.  Raises OutOfBlocksError if none is left."""
         self.check_available(1)
-        block = self._free.pop() if self._free else self._evict()
+        block = self._free.popitem()[0] if self._free else self._evict()
+        self._ref_counts[block] = 1
+        return block
+
+    def take(self, block: BlockId) -> BlockId:
+        """Take this free block, for those who care where their blocks lie."""
+        if block not in self._free:
+            raise ValueError(f"block {block} is taken but not free")
+        del self._free[block]
         self._ref_counts[block] = 1
         return block
 
@@ -94,7 +103,7 @@ class BlockAllocator:
         if block in self._remembered:
             self._cached[block] = None
         else:
-            self._free.append(block)
+            self._free[block] = None
             if self.on_free is not None:
                 self.on_free(block)
 
@@ -118,7 +127,7 @@ class BlockAllocator:
     def check_integrity(self, holds: Mapping[BlockId, int]) -> None:
         """Assert conservation (T2), given how often each block stands in a table."""
         free = set(self._free) | self._cached.keys()
-        assert len(free) == self.num_free, f"free twice: {self._free}, {list(self._cached)}"
+        assert len(free) == self.num_free, f"free twice: {free}"
         assert self._remembered.isdisjoint(self._free), "a remembered block was forgotten silently"
         assert self._remembered >= self._cached.keys(), "a cached block is not remembered"
         for block, count in enumerate(self._ref_counts):

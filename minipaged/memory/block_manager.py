@@ -67,7 +67,19 @@ class BlockManager:
         """Blocks that a sequence of `num_tokens` tokens fills, the last one perhaps in part."""
         return -(-num_tokens // self.block_size)
 
-    def most_blocks(self, num_tokens: int, tokens_at_once: int) -> int:
+    def most_blocks(
+        self, num_prompt_tokens: int, num_tokens: int, num_seats: int, tokens_at_once: int
+    ) -> int:
+        """Blocks that suffice for a new request by itself, whatever its sequences become.
+
+        num_tokens: of each sequence in the end.  They share at least the full blocks of the
+        prompt, unless a sliding window drops them.
+        """
+        each = self.most_blocks_each(num_tokens, tokens_at_once)
+        shared = 0 if self.sliding_window is not None else num_prompt_tokens // self.block_size
+        return shared + num_seats * (each - shared)
+
+    def most_blocks_each(self, num_tokens: int, tokens_at_once: int) -> int:
         """Blocks that a sequence growing to `num_tokens` tokens ever holds at a time.
 
         tokens_at_once: of one `append`; with a sliding window they and the window are held,
@@ -77,6 +89,13 @@ class BlockManager:
             held = self.sliding_window - 1 + tokens_at_once
             return min(self.blocks_for(num_tokens), self.blocks_for(held) + 1)
         return self.blocks_for(num_tokens)
+
+    def expect(self, seq_id: int, num_prompt_tokens: int, num_tokens: int, num_seats: int) -> None:
+        """A request will begin with this sequence; paging has nothing to prepare for it."""
+
+    def has_room_to_begin(self, seq_id: int, num_blocks: int) -> bool:
+        """Whether the request of this sequence may take so many blocks now."""
+        return num_blocks <= self.device.num_free
 
     def blocks_needed(self, appends: Iterable[tuple[int, int]]) -> int:
         """Free device blocks that these appends take, each of (sequence id, new tokens)."""
@@ -96,17 +115,17 @@ class BlockManager:
         # Of those who share a block and write it, the last one to hold it needs no copy.
         return needed + sum(min(n, holders[block] - 1) for block, n in writers.items())
 
-    def append(self, seq_id: int, num_new_tokens: int) -> BlockCopy | None:
+    def append(self, seq_id: int, num_new_tokens: int) -> list[BlockCopy]:
         """Give the next tokens of a sequence their slots; the first call makes its table.
 
-        Returns the copy-on-write to perform before the forward pass, if one is needed.
+        Returns the copies-on-write to perform before the forward pass: with paging, one at most.
         """
         table = self.tables.get(seq_id)
         if table is None:
             table = BlockTable(self.block_size, self.device)
         copy = table.append(num_new_tokens)
         self.tables[seq_id] = table
-        return copy
+        return [] if copy is None else [copy]
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int | None = None) -> None:
         """Let a new sequence share all blocks of another one, or the full ones of `num_tokens`."""

@@ -29,6 +29,7 @@ class Scheduler:
     max_num_batched_tokens: tokens that one step computes, at least one for each running
         sequence.  What is left goes to prompts, so that a long one takes several steps
         (chunked prefill) and those who decode never wait for it.
+    static_batches: admit nobody until all who run have ended, as was usual before Orca.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Scheduler:
         max_num_batched_tokens: int = 2048,
         policy: Policy = first_come_first_served,
         preemption: Preemption | None = None,
+        static_batches: bool = False,
     ) -> None:
         if max_num_seqs < 1:
             raise ConfigurationError(
@@ -57,6 +59,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.policy = policy
         self.preemption = preemption or Preemption()
+        self.static_batches = static_batches
         self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
 
@@ -70,12 +73,15 @@ class Scheduler:
 
         Refuses, with InvalidRequestError, what could never run (T6).
         """
-        pool = self.manager.device.num_blocks
-        needed = self.most_blocks(group, max_tokens_in_cache)
+        manager, first = self.manager, group.sequences[0]
+        pool, prompt = manager.device.num_blocks, len(first.token_ids)
+        needed = manager.most_blocks(
+            prompt, max_tokens_in_cache, group.num_seats, self.max_num_batched_tokens
+        )
         if needed > pool:
             raise InvalidRequestError(
                 f"request {group.request_id!r} may need {needed} blocks of "
-                f"{self.manager.block_size} tokens and the whole pool has {pool}; shorten the "
+                f"{manager.block_size} tokens and the whole pool has {pool}; shorten the "
                 "prompt, lower max_tokens, n or the beam width, or raise num_blocks"
             )
         if group.num_seats > self.max_num_seqs:
@@ -83,19 +89,8 @@ class Scheduler:
                 f"request {group.request_id!r} has {group.num_seats} sequences and "
                 f"max_num_seqs is {self.max_num_seqs}; ask for fewer or raise max_num_seqs"
             )
+        manager.expect(first.seq_id, prompt, max_tokens_in_cache, group.num_seats)
         insort(self.waiting, group, key=self.policy)
-
-    def most_blocks(self, group: SequenceGroup, max_tokens_in_cache: int) -> int:
-        """Blocks that suffice for a new group by itself, whatever its sequences become.
-
-        They share at least the full blocks of the prompt, unless a sliding window drops them.
-        """
-        manager = self.manager
-        each = manager.most_blocks(max_tokens_in_cache, self.max_num_batched_tokens)
-        shared = 0
-        if manager.sliding_window is None:
-            shared = len(group.sequences[0].token_ids) // manager.block_size
-        return shared + group.num_seats * (each - shared)
 
     @property
     def has_unfinished(self) -> bool:
@@ -119,7 +114,7 @@ class Scheduler:
             position += 1
 
         # A step that took blocks away from someone has none to give to someone new.
-        if self.waiting and not draft.preempted:
+        if self.waiting and not draft.preempted and not (self.static_batches and self.running):
             self._admit(draft)
         return draft.finish()
 
@@ -192,11 +187,11 @@ class Scheduler:
         if group.status is not Status.WAITING:
             return False
         manager, first = self.manager, group.sequences[0]
-        needed, free = self._blocks_to_catch_up(group), manager.device.num_free
-        if needed > free:
+        needed = self._blocks_to_catch_up(group)
+        if not manager.has_room_to_begin(first.seq_id, needed):
             prefix = manager.cached_prefix(first.token_ids)
             saved = sum(manager.device.ref_count(block) > 0 for block in prefix)
-            if needed - saved > free:
+            if not manager.has_room_to_begin(first.seq_id, needed - saved):
                 return False
         first.num_computed_tokens = manager.adopt_prefix(
             first.seq_id, first.token_ids, is_counted=not group.was_recomputed
@@ -209,7 +204,7 @@ class Scheduler:
         if manager.sliding_window is not None:
             lengths = (len(sequence.token_ids) for sequence in sequences)
             budget = self.max_num_batched_tokens
-            return sum(manager.most_blocks(length, budget) for length in lengths)
+            return sum(manager.most_blocks_each(length, budget) for length in lengths)
         swapped = [s for s in sequences if s.seq_id in manager.tables]
         needed = manager.num_blocks_held(s.seq_id for s in swapped)
         needed += manager.blocks_needed((s.seq_id, s.num_uncomputed_tokens) for s in swapped)
@@ -223,9 +218,7 @@ class Scheduler:
         """Take the slots for these chunks and add them to the plan."""
         manager = self.manager
         for sequence, n in chunks:
-            copy = manager.append(sequence.seq_id, n)
-            if copy is not None:
-                draft.copies.append(copy)
+            draft.copies += manager.append(sequence.seq_id, n)
             start = sequence.num_computed_tokens
             tokens = sequence.token_ids
             draft.scheduled.append(
