@@ -14,10 +14,11 @@ from minipaged.attention.contiguous import contiguous_attention
 from minipaged.engine.builder import EngineOptions, load_engine
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.evaluation import kernel
+from minipaged.evaluation.arrivals import SPREAD, draw_lengths
 from minipaged.evaluation.kernel import DecodeShape, measure_kernels
 from minipaged.evaluation.latency import measure_latency
 from minipaged.evaluation.prefix_replay import read_block_trace, replay
-from minipaged.evaluation.sharing import DATASETS, SPREAD, draw_lengths, measure_sharing
+from minipaged.evaluation.sharing import PAPER, measure_sharing
 from minipaged.request.sampling_params import SamplingParams
 
 MOONCAKE = Path(__file__).parents[2] / "shared" / "data" / "mooncake_conversation.jsonl"
@@ -104,7 +105,7 @@ def test_wider_requests_save_more(decoding):
     engine = load_engine("tiny", EngineOptions(num_blocks=600, max_num_seqs=40))
     two, five = (measure_sharing(engine, "alpaca", decoding, w, 6, 0) for w in (2, 5))
     assert 0 < two.saved < five.saved < 0.9
-    assert two.paper == (DATASETS["alpaca"].beam if decoding == "beam" else {2: "6.1"})[2]
+    assert two.paper == PAPER["alpaca", decoding][2]
     assert engine.scheduler.manager.device.num_used == 0
     with pytest.raises(ConfigurationError, match="no dataset 'pile'"):
         measure_sharing(engine, "pile", decoding, 2, 1, 0)

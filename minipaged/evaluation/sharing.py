@@ -7,42 +7,21 @@ lengths of prompts and outputs are drawn with the means of the paper's two datas
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from minipaged.engine.engine import Engine
 from minipaged.engine.trace import StepRecord
-from minipaged.errors import ConfigurationError
+from minipaged.evaluation.arrivals import dataset_named, draw_lengths
 from minipaged.request.sampling_params import SamplingParams
 
-SPREAD = 0.8  # standard deviation of the logarithm of a length
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Mean lengths in tokens (figure 11), and what the paper saved, in percent (figure 15)."""
-
-    prompt: float
-    output: float
-    parallel: dict[int, str]
-    beam: dict[int, str]
-
-
-DATASETS = {
-    "alpaca": Dataset(
-        19.31,
-        58.45,
-        {2: "6.1", 4: "8.5", 6: "9.8"},
-        {2: "37.6", 4: "53.1", 6: "55.2"},
-    ),
-    "sharegpt": Dataset(
-        161.31,
-        337.99,
-        dict.fromkeys((2, 4, 6), "16.2 to 30.5"),
-        dict.fromkeys((2, 4, 6), "44.3 to 66.3"),
-    ),
+# Percent that the paper saved (figure 15), by dataset, decoding and width.
+PAPER: dict[tuple[str, str], dict[int, str]] = {
+    ("alpaca", "parallel"): {2: "6.1", 4: "8.5", 6: "9.8"},
+    ("alpaca", "beam"): {2: "37.6", 4: "53.1", 6: "55.2"},
+    ("sharegpt", "parallel"): dict.fromkeys((2, 4, 6), "16.2 to 30.5"),
+    ("sharegpt", "beam"): dict.fromkeys((2, 4, 6), "44.3 to 66.3"),
 }
 
 
@@ -61,19 +40,11 @@ class Sharing:
     paper: str
 
 
-def draw_lengths(mean: float, count: int, longest: int, rng: np.random.Generator) -> list[int]:
-    """Log-normal lengths of this mean, from 1 to `longest`; the cut lowers the mean a little."""
-    lengths = rng.lognormal(math.log(mean) - SPREAD**2 / 2, SPREAD, count)
-    return [int(length) for length in np.clip(np.rint(lengths), 1, longest)]
-
-
 def measure_sharing(
     engine: Engine, dataset: str, decoding: str, width: int, num_requests: int, seed: int
 ) -> Sharing:
     """Serve requests with `width` samples or beams each, and count blocks in every step."""
-    if dataset not in DATASETS:
-        raise ConfigurationError(f"there is no dataset {dataset!r}; choose {', '.join(DATASETS)}")
-    about = DATASETS[dataset]
+    about = dataset_named(dataset)
     rng = np.random.default_rng(seed)
     half = engine.context_length // 2
     prompts = draw_lengths(about.prompt, num_requests, half, rng)
@@ -111,7 +82,7 @@ def measure_sharing(
         sum(outputs) / num_requests,
         1 - used / max(1, without),
         copies / max(1, steps),
-        (about.beam if decoding == "beam" else about.parallel).get(width, ""),
+        PAPER[dataset, decoding].get(width, ""),
     )
 
 

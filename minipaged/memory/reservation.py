@@ -34,12 +34,14 @@ RESERVATIONS: dict[str, ReserveFor] = {
 class Reservation:
     """The runs of one request, taken together and given back together.
 
+    num_slots: that a sequence was given, before rounding up to a run.
     num_runs: one for each sequence that it will have at a time.
     length: blocks of a run.
     spare: first blocks of the runs in which there is no sequence.
     sequences: first block of a run to the number of sequences that are in it.
     """
 
+    num_slots: int
     num_runs: int
     length: int
     spare: list[BlockId] = field(default_factory=list)
@@ -138,14 +140,20 @@ class ReservationManager(BlockManager):
         self, num_prompt_tokens: int, num_tokens: int, num_seats: int, tokens_at_once: int
     ) -> int:
         """Blocks of the runs that are reserved for such a request."""
-        output = num_tokens - num_prompt_tokens + 1  # the last token never needs a slot
-        slots = self._reserve_for(num_prompt_tokens, output, self.context_length)
-        return num_seats * run_length(self.blocks_for(max(num_tokens, slots)))
+        slots = self._slots(num_prompt_tokens, num_tokens)
+        return num_seats * run_length(self.blocks_for(slots))
 
     def expect(self, seq_id: int, num_prompt_tokens: int, num_tokens: int, num_seats: int) -> None:
         """A request will begin with this sequence: decides how long its runs will be."""
-        blocks = self.most_blocks(num_prompt_tokens, num_tokens, num_seats, 0)
-        self._reservations[seq_id] = Reservation(num_seats, blocks // num_seats)
+        slots = self._slots(num_prompt_tokens, num_tokens)
+        run = run_length(self.blocks_for(slots))
+        self._reservations[seq_id] = Reservation(slots, num_seats, run)
+
+    def _slots(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Slots that a sequence is given, of which it will need `num_tokens` at most."""
+        output = num_tokens - num_prompt_tokens + 1  # the last token never needs a slot
+        slots = self._reserve_for(num_prompt_tokens, output, self.context_length)
+        return max(slots, num_tokens)
 
     def has_room_to_begin(self, seq_id: int, num_blocks: int) -> bool:
         """Whether all runs of the request can be had now, however few blocks it begins with."""

@@ -1,0 +1,326 @@
+"""The engine without its model: real scheduler, real block manager, and a clock that is computed.
+
+Discrete events: requests arrive, steps end.  Every step is planned as in the engine, and the
+cost model says how long it would have taken.  The figures of a run are kept as sums, so that a
+million requests take no more memory than those that are served at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from minipaged.errors import ConfigurationError, InvalidRequestError
+from minipaged.evaluation.arrivals import TimedRequest
+from minipaged.evaluation.cost_model import CostModel, Deployment, StepWork
+from minipaged.evaluation.memory_use import MemoryUse, memory_use
+from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.prefix_cache import PrefixCache
+from minipaged.memory.reservation import ReservationManager
+from minipaged.request.sampling_params import SamplingParams
+from minipaged.request.sequence import Sequence, SequenceGroup
+from minipaged.scheduling.policy import Policy, first_come_first_served
+from minipaged.scheduling.preemption import Preemption, PreemptionCosts, PreemptionMode
+from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.step_plan import StepPlan
+
+MEMORY_EVERY = 16  # steps from one look at the memory to the next
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """What is simulated.
+
+    width: samples of every request.
+    """
+
+    memory_policy: str = "paged"
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    policy: Policy = first_come_first_served
+    preemption: PreemptionMode = "recompute"
+    prefix_caching: bool = False
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run.
+
+    latency: mean of (end - arrival) / output tokens, in seconds per token (the paper's
+        normalized latency).
+    p99: of the same, from a histogram with steps of 5 %.
+    batch: mean number of running requests, over the time in which requests arrived.
+    memory: mean use of the memory while requests waited for it, or over all if none ever did.
+    simulated, real: seconds of the simulated machine, and of this one.
+    """
+
+    requests: int
+    refused: int
+    tokens: int
+    latency: float
+    p99: float
+    batch: float
+    preemptions: int
+    memory: MemoryUse
+    hit_tokens: int
+    steps: int
+    simulated: float
+    real: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens per simulated second."""
+        return self.tokens / self.simulated if self.simulated else 0.0
+
+
+class Simulation:
+    """One system on one deployment."""
+
+    def __init__(self, system: System, deployment: Deployment, seed: int = 0) -> None:
+        self.system, self.deployment = system, deployment
+        self.cost = CostModel(deployment, system.block_size)
+        self.context_length = deployment.model.context_length
+        self.manager = self._block_manager(seed)
+        budget = system.max_num_batched_tokens
+        if system.memory_policy == "static":  # all prompts of a batch are computed together
+            budget = max(budget, deployment.kv_slots)
+        costs = PreemptionCosts(self.cost.move_block, self.cost.compute_token)
+        self.scheduler = Scheduler(
+            self.manager,
+            system.max_num_seqs,
+            budget,
+            system.policy,
+            Preemption(system.preemption, costs),
+            static_batches=system.memory_policy == "static",
+        )
+        self.clock = 0.0
+        self.num_steps = 0
+        self._groups: dict[int, _Group] = {}  # by the id of every sequence that is alive
+        self._num_sequences = self._num_requests = 0
+        self._totals = _Totals()
+
+    def _block_manager(self, seed: int) -> BlockManager:
+        system = self.system
+        num_blocks = self.deployment.kv_slots // system.block_size
+        if system.memory_policy != "paged":
+            if system.prefix_caching or system.preemption != "recompute":
+                raise ConfigurationError(
+                    f"memory policy {system.memory_policy!r} neither shares nor swaps; choose "
+                    '"paged" for prefix caching and swapping'
+                )
+            return ReservationManager(
+                system.block_size, num_blocks, system.memory_policy, self.context_length
+            )
+        cache = PrefixCache(system.block_size, seed) if system.prefix_caching else None
+        host = 0 if system.preemption == "recompute" else num_blocks
+        return BlockManager(system.block_size, num_blocks, host, prefix_cache=cache)
+
+    def run(
+        self,
+        requests: Iterable[TimedRequest],
+        progress: Callable[[int, float], None] | None = None,
+    ) -> Outcome:
+        """Serve all of them; they come in the order of their arrival.
+
+        progress: told now and then how many requests have ended, and the clock.
+        """
+        start = time.perf_counter()
+        pending = iter(requests)
+        following = next(pending, None)
+        while following is not None or self.scheduler.has_unfinished:
+            if not self.scheduler.has_unfinished:
+                assert following is not None
+                self.clock = max(self.clock, following.arrival)
+            following = self._admit(following, pending)
+            if self.scheduler.has_unfinished:
+                self._step(arriving=following is not None)
+            if progress is not None and self.num_steps % 256 == 0:
+                progress(self._totals.requests, self.clock)
+        return self._totals.outcome(self, time.perf_counter() - start)
+
+    def _admit(
+        self, following: TimedRequest | None, pending: Iterator[TimedRequest]
+    ) -> TimedRequest | None:
+        """Queue everybody who has arrived; returns the first who has not."""
+        while following is not None and following.arrival <= self.clock:
+            self._add(following)
+            last = following.arrival
+            following = next(pending, None)
+            if following is not None and following.arrival < last:
+                raise InvalidRequestError(
+                    f"a request arrives at {following.arrival:g} s, behind one that arrives at "
+                    f"{last:g} s; sort the requests by arrival"
+                )
+        return following
+
+    def _add(self, request: TimedRequest) -> None:
+        params = SamplingParams(
+            n=self.system.width, max_tokens=request.output, temperature=1, ignore_eos=True
+        )
+        sequence = Sequence(self._new_id(), request.token_ids)
+        group = _Group(request, str(self._num_requests), [sequence], params, self._num_requests)
+        self._num_requests += 1
+        in_cache = request.prompt + request.output - 1
+        try:
+            if in_cache >= self.context_length:
+                raise InvalidRequestError("longer than the model's context")
+            self.scheduler.add(group, in_cache)
+        except InvalidRequestError:
+            self._totals.refused += 1
+            return
+        self._groups[sequence.seq_id] = group
+
+    def _new_id(self) -> int:
+        self._num_sequences += 1
+        return self._num_sequences - 1
+
+    def _step(self, arriving: bool) -> None:
+        scheduler, totals = self.scheduler, self._totals
+        plan = scheduler.schedule()
+        waits = bool(scheduler.waiting)
+        running = len(scheduler.running)
+        seconds = self.cost.seconds(self._work(plan))
+        self.clock += seconds
+        if arriving:
+            totals.arriving_seconds += seconds
+            totals.request_seconds += seconds * running
+        if self.num_steps % MEMORY_EVERY == 0:
+            totals.add_memory(memory_use(self.manager, self._final_lengths()), waits)
+        self.num_steps += 1
+        self._advance(plan)
+
+    def _work(self, plan: StepPlan) -> StepWork:
+        work = StepWork(
+            copied_blocks=len(plan.copies), moved_blocks=len(plan.swap_in) + len(plan.swap_out)
+        )
+        tokens = context = 0
+        pairs = 0.0
+        for item in plan.scheduled:
+            n, end = len(item.token_ids), item.num_computed_tokens + len(item.token_ids)
+            tokens += n
+            context += end
+            pairs += n * (end - n / 2)
+        work.tokens, work.context_tokens, work.pairs = tokens, context, pairs
+        return work
+
+    def _advance(self, plan: StepPlan) -> None:
+        """Give every sequence that has computed all its tokens one more, and end who is done."""
+        groups = self._groups
+        tracks = self.manager.tracks_contents
+        ended = []
+        for item in plan.scheduled:
+            group = groups[item.seq_id]
+            (sequence,) = (
+                group.sequences
+                if len(group.sequences) == 1
+                else [s for s in group.sequences if s.seq_id == item.seq_id]
+            )
+            sequence.num_computed_tokens = item.num_computed_tokens + len(item.token_ids)
+            if tracks:
+                self.manager.mark_computed(item.seq_id, sequence.token_ids)
+            if not item.samples:
+                continue
+            if not group.has_forked:
+                self._fork(group, sequence)
+                grown = group.sequences
+            else:
+                grown = [sequence]
+            for each in grown:
+                each.token_ids.append(0)
+            if len(sequence.token_ids) == group.final_length and sequence is group.sequences[-1]:
+                ended.append(group)
+        for group in ended:
+            self.scheduler.remove(group)
+            for sequence in group.sequences:
+                del groups[sequence.seq_id]
+            self._totals.add_request(group, self.clock)
+
+    def _fork(self, group: _Group, parent: Sequence) -> None:
+        """Let a prompt that was just computed become the samples of its request."""
+        group.has_forked = True
+        for _ in range(1, group.params.width):
+            child = parent.fork(self._new_id())
+            self.scheduler.fork(group, parent.seq_id, child)
+            self._groups[child.seq_id] = group
+
+    def _final_lengths(self) -> dict[int, int]:
+        """Tokens that each running sequence will have in the cache in the end."""
+        return {
+            sequence.seq_id: group.final_length - 1
+            for group in self.scheduler.running
+            for sequence in group.sequences
+            if isinstance(group, _Group)
+        }
+
+
+class _Group(SequenceGroup):
+    """A sequence group that knows when it came and how long its outputs will be."""
+
+    __slots__ = ("final_length", "request")
+
+    def __init__(
+        self,
+        request: TimedRequest,
+        request_id: str,
+        sequences: list[Sequence],
+        params: SamplingParams,
+        arrival: int,
+    ) -> None:
+        super().__init__(request_id, sequences, params, arrival)
+        self.request = request
+        self.final_length = request.prompt + request.output
+
+
+class _Totals:
+    """Sums over a run."""
+
+    STEP = math.log(1.05)  # of the histogram of latencies
+
+    def __init__(self) -> None:
+        self.requests = self.refused = self.tokens = 0
+        self.latencies = self.arriving_seconds = self.request_seconds = 0.0
+        self._histogram: dict[int, int] = {}
+        self._memory = {True: MemoryUse(), False: MemoryUse()}
+        self._looks = {True: 0, False: 0}
+
+    def add_request(self, group: _Group, clock: float) -> None:
+        latency = (clock - group.request.arrival) / group.request.output
+        self.requests += 1
+        self.tokens += group.request.output * len(group.sequences)
+        self.latencies += latency
+        place = math.floor(math.log(latency) / self.STEP)
+        self._histogram[place] = self._histogram.get(place, 0) + 1
+
+    def add_memory(self, use: MemoryUse, waits: bool) -> None:
+        self._memory[waits] = self._memory[waits] + use
+        self._looks[waits] += 1
+
+    def _p99(self) -> float:
+        left = self.requests - self.requests // 100
+        for place in sorted(self._histogram):
+            left -= self._histogram[place]
+            if left <= 0:
+                return math.exp((place + 1) * self.STEP)
+        return 0.0
+
+    def outcome(self, simulation: Simulation, real: float) -> Outcome:
+        kind = self._looks[True] > 0
+        cache = simulation.manager.prefix_cache
+        return Outcome(
+            requests=self.requests,
+            refused=self.refused,
+            tokens=self.tokens,
+            latency=self.latencies / max(1, self.requests),
+            p99=self._p99(),
+            batch=self.request_seconds / self.arriving_seconds if self.arriving_seconds else 0.0,
+            preemptions=simulation.scheduler.num_preemptions,
+            memory=self._memory[kind] / max(1, self._looks[kind]),
+            hit_tokens=cache.num_hit_tokens if cache is not None else 0,
+            steps=simulation.num_steps,
+            simulated=simulation.clock,
+            real=real,
+        )
