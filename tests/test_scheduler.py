@@ -402,3 +402,17 @@ def test_names_that_mean_nothing():
         policy_named("lifo")
     with pytest.raises(ConfigurationError, match="preemption is 'kill'"):
         Preemption("kill")
+
+
+def test_a_block_stays_free_for_everyone_who_runs():
+    requests = Requests(block_size=2, num_blocks=5, max_num_seqs=4, max_num_batched_tokens=32)
+    requests.add(3, 6)  # A takes [b0, b1]
+    requests.step()
+    second = requests.add(5, 2)
+    # free: {b2, b3, b4}, just enough for B, but A needs its next one in the step after this:
+    # B would be let in, and preempted at once.
+    requests.step()
+    assert second.status is Status.WAITING
+    while second.request_id in requests.living:
+        requests.step()
+    assert requests.scheduler.num_preemptions == 0

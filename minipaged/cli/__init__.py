@@ -9,6 +9,7 @@ import typer
 
 from minipaged.cli.bench import bench
 from minipaged.cli.generate import INTERRUPTED, chat, complain, generate
+from minipaged.cli.simulate import reproduce, simulate
 from minipaged.errors import MinipagedError
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
+app.command()(simulate)
+app.command()(reproduce)
 app.add_typer(bench, name="bench")
 
 

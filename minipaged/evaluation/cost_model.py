@@ -9,10 +9,12 @@ What a host does between two steps is taken to be hidden.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minipaged.errors import ConfigurationError
+from minipaged.scheduling.step_plan import ScheduledSequence
 
 BYTES = 2  # of a weight, an activation, a key: all in 16 bits
 
@@ -109,6 +111,19 @@ class StepWork:
     copied_blocks: int = 0
     moved_blocks: int = 0
 
+    def add(self, scheduled: Iterable[ScheduledSequence]) -> None:
+        """Count the tokens of these sequences."""
+        tokens = context = 0
+        pairs = 0.0
+        for _, token_ids, num_computed_tokens, _, _ in scheduled:
+            n = len(token_ids)
+            tokens += n
+            context += num_computed_tokens + n
+            pairs += n * (num_computed_tokens + n / 2)
+        self.tokens += tokens
+        self.context_tokens += context
+        self.pairs += pairs
+
 
 class CostModel:
     """Seconds of a step of one deployment; constants are at the top of the file."""
@@ -142,6 +157,10 @@ class CostModel:
         reduces = self._reduce + work.tokens * self._reduce_token
         copies = work.copied_blocks * self._copy + work.moved_blocks * self._move
         return layers + attention + reduces + copies
+
+    def recompute(self, tokens: int) -> float:
+        """Seconds to compute the keys and values of a sequence again, by itself."""
+        return self.seconds(StepWork(tokens, tokens, tokens * tokens / 2))
 
     @property
     def move_block(self) -> float:

@@ -27,7 +27,11 @@ PAPER: dict[tuple[str, str], dict[int, str]] = {
 
 @dataclass(frozen=True)
 class Sharing:
-    """One run.  saved: share of the blocks, 0 to 1; paper: the paper's figure in percent."""
+    """One run.
+
+    saved: share of the blocks, 0 to 1; paper: the paper's figure in percent.
+    forks_per_sequence: in a step; for beams, the share that a fork of another beam replaced.
+    """
 
     dataset: str
     decoding: str
@@ -37,6 +41,7 @@ class Sharing:
     mean_output: float
     saved: float
     copies_per_step: float
+    forks_per_sequence: float
     paper: str
 
 
@@ -50,14 +55,16 @@ def measure_sharing(
     prompts = draw_lengths(about.prompt, num_requests, half, rng)
     outputs = draw_lengths(about.output, num_requests, half, rng)
     texts = own_text(engine, prompts, seed)
-    used = without = copies = steps = 0
+    used = without = copies = steps = forks = sequences = 0
 
     def count(record: StepRecord) -> None:
-        nonlocal used, without, copies, steps
+        nonlocal used, without, copies, steps, forks, sequences
         used += record.num_used_blocks
         without += record.num_unshared_blocks
         copies += len(record.plan.copies)
         steps += 1
+        forks += len(record.forks)
+        sequences += len(record.plan.scheduled)
 
     for number, (prompt, output) in enumerate(zip(texts, outputs, strict=True)):
         beam = decoding == "beam"
@@ -82,6 +89,7 @@ def measure_sharing(
         sum(outputs) / num_requests,
         1 - used / max(1, without),
         copies / max(1, steps),
+        forks / max(1, sequences),
         PAPER[dataset, decoding].get(width, ""),
     )
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.evaluation.arrivals import TimedRequest
 from minipaged.evaluation.cost_model import CostModel, Deployment, StepWork
@@ -28,12 +30,19 @@ from minipaged.scheduling.step_plan import StepPlan
 
 MEMORY_EVERY = 16  # steps from one look at the memory to the next
 
+# Share of the beams that give way to a fork of another one in a step: as the shipped model's do
+# in `minipaged bench sharing`, by the width of the search.
+REPLACED_BEAMS = {2: 0.18, 4: 0.28, 6: 0.31}
+
 
 @dataclass(frozen=True, kw_only=True)
 class System:
     """What is simulated.
 
-    width: samples of every request.
+    width: samples or beams of every request.
+    beam_search: whether they are beams.
+    prompts_apart: compute the prompts of a step in a pass of their own, as vLLM did when the paper
+        was written; every pass reads all weights.
     """
 
     memory_policy: str = "paged"
@@ -44,6 +53,8 @@ class System:
     preemption: PreemptionMode = "recompute"
     prefix_caching: bool = False
     width: int = 1
+    beam_search: bool = False
+    prompts_apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,11 @@ class Simulation:
         self.system, self.deployment = system, deployment
         self.cost = CostModel(deployment, system.block_size)
         self.context_length = deployment.model.context_length
+        if system.beam_search and system.width not in REPLACED_BEAMS:
+            raise ConfigurationError(
+                f"the beam width is {system.width}; it is known how beams of "
+                f"{', '.join(map(str, REPLACED_BEAMS))} fork"
+            )
         self.manager = self._block_manager(seed)
         budget = system.max_num_batched_tokens
         if system.memory_policy == "static":  # all prompts of a batch are computed together
@@ -98,6 +114,7 @@ class Simulation:
             static_batches=system.memory_policy == "static",
         )
         self.clock = 0.0
+        self._random = np.random.default_rng(seed)
         self.num_steps = 0
         self._groups: dict[int, _Group] = {}  # by the id of every sequence that is alive
         self._num_sequences = self._num_requests = 0
@@ -159,9 +176,13 @@ class Simulation:
 
     def _add(self, request: TimedRequest) -> None:
         params = SamplingParams(
-            n=self.system.width, max_tokens=request.output, temperature=1, ignore_eos=True
+            n=self.system.width,
+            max_tokens=request.output,
+            temperature=0 if self.system.beam_search else 1,
+            use_beam_search=self.system.beam_search,
+            ignore_eos=True,
         )
-        sequence = Sequence(self._new_id(), request.token_ids)
+        sequence = Sequence(self._new_id(), request.token_ids(own=-1 - self._num_requests))
         group = _Group(request, str(self._num_requests), [sequence], params, self._num_requests)
         self._num_requests += 1
         in_cache = request.prompt + request.output - 1
@@ -183,7 +204,7 @@ class Simulation:
         plan = scheduler.schedule()
         waits = bool(scheduler.waiting)
         running = len(scheduler.running)
-        seconds = self.cost.seconds(self._work(plan))
+        seconds = sum(self.cost.seconds(work) for work in self._passes(plan))
         self.clock += seconds
         if arriving:
             totals.arriving_seconds += seconds
@@ -193,25 +214,23 @@ class Simulation:
         self.num_steps += 1
         self._advance(plan)
 
-    def _work(self, plan: StepPlan) -> StepWork:
-        work = StepWork(
-            copied_blocks=len(plan.copies), moved_blocks=len(plan.swap_in) + len(plan.swap_out)
-        )
-        tokens = context = 0
-        pairs = 0.0
-        for item in plan.scheduled:
-            n, end = len(item.token_ids), item.num_computed_tokens + len(item.token_ids)
-            tokens += n
-            context += end
-            pairs += n * (end - n / 2)
-        work.tokens, work.context_tokens, work.pairs = tokens, context, pairs
-        return work
+    def _passes(self, plan: StepPlan) -> list[StepWork]:
+        """What a step has to do: one pass over all tokens, or prompts and others apart."""
+        moved = len(plan.swap_in) + len(plan.swap_out)
+        work = StepWork(copied_blocks=len(plan.copies), moved_blocks=moved)
+        if not self.system.prompts_apart:
+            work.add(plan.scheduled)
+            return [work]
+        prompts = StepWork()
+        prompts.add([item for item in plan.scheduled if len(item.token_ids) > 1])
+        work.add([item for item in plan.scheduled if len(item.token_ids) == 1])
+        return [each for each in (work, prompts) if each.tokens or each.moved_blocks]
 
     def _advance(self, plan: StepPlan) -> None:
         """Give every sequence that has computed all its tokens one more, and end who is done."""
         groups = self._groups
         tracks = self.manager.tracks_contents
-        ended = []
+        ended, searching = [], []
         for item in plan.scheduled:
             group = groups[item.seq_id]
             (sequence,) = (
@@ -224,15 +243,20 @@ class Simulation:
                 self.manager.mark_computed(item.seq_id, sequence.token_ids)
             if not item.samples:
                 continue
-            if not group.has_forked:
+            grown = [sequence]
+            if len(group.sequences) < group.params.width:
                 self._fork(group, sequence)
                 grown = group.sequences
-            else:
-                grown = [sequence]
             for each in grown:
-                each.token_ids.append(0)
-            if len(sequence.token_ids) == group.final_length and sequence is group.sequences[-1]:
+                each.token_ids.append(group.own_token)
+            if sequence is not group.sequences[-1] and grown is not group.sequences:
+                continue  # its siblings follow
+            if len(sequence.token_ids) == group.final_length:
                 ended.append(group)
+            elif group.params.use_beam_search:
+                searching.append(group)
+        for group in searching:
+            self._replace_beams(group)
         for group in ended:
             self.scheduler.remove(group)
             for sequence in group.sequences:
@@ -243,9 +267,25 @@ class Simulation:
         """Let a prompt that was just computed become the samples of its request."""
         group.has_forked = True
         for _ in range(1, group.params.width):
-            child = parent.fork(self._new_id())
-            self.scheduler.fork(group, parent.seq_id, child)
-            self._groups[child.seq_id] = group
+            self._fork_one(group, parent)
+
+    def _fork_one(self, group: _Group, parent: Sequence) -> None:
+        child = parent.fork(self._new_id())
+        self.scheduler.fork(group, parent.seq_id, child)
+        self._groups[child.seq_id] = group
+
+    def _replace_beams(self, group: _Group) -> None:
+        """Let some beams go, and fork one of the others in their place (section 4.4)."""
+        beams = list(group.sequences)
+        replaced = self._random.random(len(beams)) < REPLACED_BEAMS[len(beams)]
+        staying = [beam for beam, goes in zip(beams, replaced, strict=True) if not goes]
+        if not staying:
+            return
+        for beam, goes in zip(beams, replaced, strict=True):
+            if goes:
+                self._fork_one(group, staying[int(self._random.integers(len(staying)))])
+                self.scheduler.drop(group, beam)
+                del self._groups[beam.seq_id]
 
     def _final_lengths(self) -> dict[int, int]:
         """Tokens that each running sequence will have in the cache in the end."""
@@ -260,7 +300,7 @@ class Simulation:
 class _Group(SequenceGroup):
     """A sequence group that knows when it came and how long its outputs will be."""
 
-    __slots__ = ("final_length", "request")
+    __slots__ = ("final_length", "own_token", "request")
 
     def __init__(
         self,
@@ -273,6 +313,7 @@ class _Group(SequenceGroup):
         super().__init__(request_id, sequences, params, arrival)
         self.request = request
         self.final_length = request.prompt + request.output
+        self.own_token = -1 - arrival
 
 
 class _Totals:

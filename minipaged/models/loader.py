@@ -88,6 +88,15 @@ def _build(
     return decoder.eval().requires_grad_(False)
 
 
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """A model's tokenizer, without its weights."""
+    path = resolve(model)
+    tokenizer = GGUFFile(path).tokenizer() if path.is_file() else Tokenizer.from_directory(path)
+    if tokenizer is None:
+        raise ModelLoadError(f"{path} has no tokenizer.json; choose a model that has one")
+    return tokenizer
+
+
 def vocab_size(model: str | Path) -> int:
     """Size of a model's vocabulary, without loading its weights."""
     path = resolve(model)

@@ -93,14 +93,18 @@ class Scheduler:
         insort(self.waiting, group, key=self.policy)
 
     @property
+    def _num_sequences(self) -> int:
+        """Sequences that run."""
+        return sum([len(group.sequences) for group in self.running])
+
+    @property
     def has_unfinished(self) -> bool:
         """Whether any group still waits or runs."""
         return bool(self.waiting or self.running)
 
     def schedule(self) -> StepPlan:
         """Plan the next step.  The block tables already count the tokens it will compute."""
-        num_seqs = sum([len(group.sequences) for group in self.running])
-        draft = Draft(self.max_num_batched_tokens - num_seqs)
+        draft = Draft(self.max_num_batched_tokens - self._num_sequences)
 
         position = 0
         while position < len(self.running):
@@ -154,7 +158,11 @@ class Scheduler:
         return True
 
     def _admit(self, draft: Draft) -> None:
-        """Let waiting groups run, in order, until one does not fit."""
+        """Let waiting groups run, in order, until one does not fit.
+
+        A block stays free for every sequence that runs: whoever takes the last one is preempted
+        as soon as another sequence needs its next, and has run for nothing.
+        """
         num_seats = sum(group.num_seats for group in self.running)
         while self.waiting:
             group = self.waiting[0]
@@ -174,7 +182,7 @@ class Scheduler:
         """Move a swapped group back if it fits."""
         if group.status is not Status.SWAPPED:
             return False
-        if self._blocks_to_catch_up(group) > self.manager.device.num_free:
+        if self._blocks_to_catch_up(group) + self._num_sequences > self.manager.device.num_free:
             return False
         draft.swap_in += self.manager.swap_in([sequence.seq_id for sequence in group.sequences])
         return True
@@ -187,7 +195,7 @@ class Scheduler:
         if group.status is not Status.WAITING:
             return False
         manager, first = self.manager, group.sequences[0]
-        needed = self._blocks_to_catch_up(group)
+        needed = self._blocks_to_catch_up(group) + self._num_sequences
         if not manager.has_room_to_begin(first.seq_id, needed):
             prefix = manager.cached_prefix(first.token_ids)
             saved = sum(manager.device.ref_count(block) > 0 for block in prefix)

@@ -1,0 +1,184 @@
+"""`minipaged simulate`: requests, a deployment and memory policies; what would they have done?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from minipaged.cli.options import BlockSizeOption, JsonOption, PreemptionOption, SeedOption
+from minipaged.errors import ConfigurationError
+
+
+def simulate(
+    deployment: Annotated[str, typer.Option(help="opt-13b, opt-66b, opt-175b, llama-13b")] = (
+        "opt-13b"
+    ),
+    hardware: Annotated[
+        Path | None,
+        typer.Option(
+            help='another deployment, as JSON: {"model": {"num_weights": 8e9, "num_layers": 32, '
+            '"hidden": 4096, "kv_hidden": 1024, "context_length": 131072}, "gpu": "A100-80GB", '
+            '"num_gpus": 1, "kv_slots": 400000}'
+        ),
+    ] = None,
+    dataset: Annotated[
+        str, typer.Option(help="sharegpt, alpaca, translation-1, translation-5 or chat")
+    ] = "sharegpt",
+    trace: Annotated[
+        Path | None, typer.Option(help="requests of Azure, BurstGPT, Mooncake or ShareGPT")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="model whose tokenizer counts the tokens of ShareGPT")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="requests per second; a trace's own if left out")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="in which requests arrive")] = 600,
+    requests: Annotated[
+        int | None, typer.Option(help="so many, arriving at random, with the trace's lengths")
+    ] = None,
+    memory_policy: Annotated[
+        list[str] | None,
+        typer.Option(help="paged, orca-max, orca-pow2, orca-oracle, static; several times"),
+    ] = None,
+    samples: Annotated[int, typer.Option("--n", help="samples of every request")] = 1,
+    prefix_cache: Annotated[bool, typer.Option("--prefix-cache")] = False,
+    preemption: PreemptionOption = "recompute",
+    block_size: BlockSizeOption = 16,
+    max_num_seqs: Annotated[int, typer.Option(help="sequences that run at a time")] = 256,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """Serve requests with the real scheduler on a computed GPU; nothing here is measured."""
+    from typing import get_args
+
+    from minipaged.evaluation import report
+    from minipaged.evaluation.arrivals import (
+        TimedRequest,
+        check_rate,
+        poisson_requests,
+    )
+    from minipaged.evaluation.cost_model import deployment_named, read_deployment
+    from minipaged.evaluation.simulator import Outcome, Simulation, System
+    from minipaged.evaluation.traces import at_random, at_rate, read_trace
+    from minipaged.scheduling.preemption import PreemptionMode
+
+    if preemption not in get_args(PreemptionMode):
+        raise ConfigurationError(
+            f"--preemption is {preemption!r}; choose {', '.join(get_args(PreemptionMode))}"
+        )
+    for name, value in (("--n", samples), ("--requests", requests or 1), ("--seconds", seconds)):
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value:g}; it must be at least 1")
+    if rate is not None:
+        check_rate(rate)
+    target = read_deployment(hardware) if hardware is not None else deployment_named(deployment)
+    recorded: list[TimedRequest] = []
+    if trace is not None:
+        count_tokens = None
+        if tokenizer is not None:
+            from minipaged.models.loader import load_tokenizer
+
+            encode = load_tokenizer(tokenizer).encode
+            count_tokens = lambda text: len(encode(text))  # noqa: E731
+        recorded = read_trace(trace, count_tokens)
+        if recorded[-1].arrival == 0 and requests is None:
+            requests, rate = len(recorded), rate or 2.0
+    elif requests is not None:
+        raise ConfigurationError("--requests draws from a trace; name one with --trace")
+
+    def arriving() -> Iterable[TimedRequest]:
+        if not recorded:
+            length = target.model.context_length
+            return poisson_requests(dataset, rate or 2.0, seconds, length, seed)
+        if requests is not None:
+            own = len(recorded) / recorded[-1].arrival if recorded[-1].arrival else 2.0
+            return at_random(recorded, rate or own, requests, seed)
+        return at_rate(recorded, rate) if rate is not None else recorded
+
+    expected = requests or len(recorded) or round((rate or 2.0) * seconds)
+    console = Console(highlight=False)
+    outcomes: dict[str, Outcome] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        for policy in memory_policy or ["orca-max", "orca-pow2", "orca-oracle", "paged"]:
+            paged = policy == "paged"
+            system = System(
+                memory_policy=policy,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                preemption=preemption if paged else "recompute",  # type: ignore[arg-type]
+                prefix_caching=prefix_cache and paged,
+                width=samples,
+            )
+            task = bar.add_task(policy, total=expected)
+            outcomes[policy] = Simulation(system, target, seed).run(
+                arriving(),
+                lambda ended, _, task=task: bar.update(task, completed=ended),  # type: ignore[misc]
+            )
+            bar.remove_task(task)
+    table = Table("memory", "s/token", "p99", "mean batch", "tokens/s", "token states", "preempted")
+    for policy, outcome in outcomes.items():
+        table.add_row(
+            policy,
+            f"{outcome.latency:.3f}",
+            f"{outcome.p99:.3f}",
+            f"{outcome.batch:.2f}",
+            f"{outcome.tokens_per_second:.0f}",
+            f"{outcome.memory.shares()['states']:.1f} %",
+            str(outcome.preemptions),
+        )
+    console.print(table)
+    tokens = sum(outcome.tokens for outcome in outcomes.values())
+    real = sum(outcome.real for outcome in outcomes.values())
+    first = next(iter(outcomes.values()))
+    console.print(
+        f"simulated: {first.requests} requests for each memory policy, {tokens / real:,.0f} tokens "
+        f"per second of this machine; {first.refused} were too long and refused"
+    )
+    if json_file is not None:
+        report.write_json(json_file, list(outcomes.values()), policies=list(outcomes))
+
+
+def reproduce(
+    figures: Annotated[list[str], typer.Argument(help="fig2, fig12 ... fig19, or all")],
+    quick: Annotated[bool, typer.Option("--quick", help="short runs, for a first look")] = False,
+    output: Annotated[Path, typer.Option(help="folder for tables, results and plots")] = Path(
+        "results"
+    ),
+    processes: Annotated[int, typer.Option(help="tasks that run at a time")] = 2,
+) -> None:
+    """The paper's figures from this engine: each a plot, and a table beside the paper's values."""
+    from minipaged.evaluation import reproduce as runner
+    from minipaged.evaluation.figures import FIGURES
+
+    if processes < 1:
+        raise ConfigurationError(f"--processes is {processes}; it must be at least 1")
+    names = runner.figure_names(figures)
+    console = Console(highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    for name in names:
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task(name)
+            rows = runner.reproduce(
+                name,
+                output,
+                quick,
+                processes,
+                lambda done, of: bar.update(task, completed=done, total=of),  # noqa: B023
+            )
+        figure = FIGURES[name]
+        table = Table("", "paper", "ours", "ratio", title=f"{name}: {figure.title}")
+        for row in rows:
+            said = "" if row.paper is None else str(row.paper)
+            ratio = f"{row.ours / row.paper:.2f}" if isinstance(row.paper, float) else ""
+            table.add_row(row.what, said, f"{row.ours:.2f}", ratio)
+        console.print(table)
+        if figure.note:
+            console.print(figure.note)

@@ -1,0 +1,89 @@
+"""The tasks that the paper's figures are made of, each a function of plain values.
+
+Plain values in and out, so that a task can run in another process, be stored as JSON, and be
+recognised when it has been done before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from minipaged.evaluation.arrivals import poisson_requests
+from minipaged.evaluation.cost_model import DEPLOYMENTS, CostModel
+from minipaged.evaluation.simulator import Outcome, Simulation, System
+
+
+def serve(
+    deployment: str, workload: str, rate: float, seconds: float, system: dict[str, Any]
+) -> Outcome:
+    """One system at one rate."""
+    target = DEPLOYMENTS[deployment]
+    simulation = Simulation(System(**system), target)
+    requests = poisson_requests(workload, rate, seconds, target.model.context_length, seed=0)
+    return simulation.run(requests)
+
+
+def run_at(
+    deployment: str, workload: str, rate: float, seconds: float, system: dict[str, Any]
+) -> dict[str, Any]:
+    """The same, as plain values."""
+    outcome = serve(deployment, workload, rate, seconds, system)
+    return dataclasses.asdict(outcome) | {"shares": outcome.memory.shares()}
+
+
+def sweep(
+    deployment: str,
+    workload: str,
+    start: float,
+    seconds: float,
+    system: dict[str, Any],
+    limit: float,
+) -> dict[str, Any]:
+    """Latency over the rate, from `start` on until the system is saturated, and the knee.
+
+    limit: seconds per token; rates are sustained at which the mean normalized latency is less.
+    Returns points, [rate, s/token, mean batch] by rate, and sustained: the rate at which the
+    limit is crossed, found between two points at most 7 % apart.
+    """
+    points: dict[float, Outcome] = {}
+
+    def saturated(rate: float) -> bool:
+        points[rate] = serve(deployment, workload, rate, seconds, system)
+        return points[rate].latency >= limit
+
+    low, high = 0.0, start
+    while not saturated(high):
+        low, high = high, high * 1.5
+    while low == 0.0 or high / low > 1.07:
+        middle = math.sqrt(low * high) if low else high / 2
+        low, high = (low, middle) if saturated(middle) else (middle, high)
+    before, after = points[low].latency, points[high].latency
+    part = math.log(limit / before) / math.log(after / before)
+    return {
+        "points": [[rate, p.latency, p.batch] for rate, p in sorted(points.items())],
+        "sustained": low * (high / low) ** part,
+    }
+
+
+def sharing(dataset: str, decoding: str, width: int, num_requests: int) -> dict[str, Any]:
+    """Blocks saved by sharing, with the shipped model: nothing is simulated here."""
+    import torch
+
+    from minipaged.engine.builder import EngineOptions, load_engine
+    from minipaged.evaluation.sharing import measure_sharing
+
+    torch.set_num_threads(1)
+    engine = load_engine("tiny", EngineOptions(max_num_seqs=num_requests * width))
+    return dataclasses.asdict(measure_sharing(engine, dataset, decoding, width, num_requests, 0))
+
+
+def preemption_costs(deployment: str, block_size: int, tokens: int) -> dict[str, Any]:
+    """Seconds to bring back one sequence of so many tokens, by each way (figure 19a)."""
+    cost = CostModel(DEPLOYMENTS[deployment], block_size)
+    blocks = -(-tokens // block_size)
+    return {
+        "swap in and out": 2 * blocks * cost.move_block,
+        "recompute": cost.recompute(tokens),
+    }
