@@ -15,8 +15,10 @@ from minipaged.engine.builder import EngineOptions, load_engine
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.evaluation import kernel
 from minipaged.evaluation.arrivals import SPREAD, draw_lengths
+from minipaged.evaluation.cost_check import check_cost_model
 from minipaged.evaluation.kernel import DecodeShape, measure_kernels
 from minipaged.evaluation.latency import measure_latency
+from minipaged.evaluation.memory_policies import measure_policies
 from minipaged.evaluation.prefix_replay import read_block_trace, replay
 from minipaged.evaluation.sharing import PAPER, measure_sharing
 from minipaged.request.sampling_params import SamplingParams
@@ -169,3 +171,25 @@ def test_the_systems_of_the_kernel_bench_compute_the_same():
         wanted = contiguous_attention(query[seq : seq + 1], keys, values)[0]
         torch.testing.assert_close(paged[seq], wanted)
         torch.testing.assert_close(contiguous[seq].reshape(6, 16), wanted)
+
+
+def test_paging_serves_more_at_a_time_than_reservations_do():
+    """Not a matter of speed: batches are counted in steps."""
+    options = EngineOptions(seed=0)
+    policies = ["paged", "orca-oracle", "orca-max", "static"]
+    runs = measure_policies("tiny", policies, 12, 1, options)
+    batches = [run.batch for run in runs]
+    assert [run.policy for run in runs] == policies
+    assert batches == sorted(batches, reverse=True)
+    assert batches[0] > 1.1 * batches[2]
+    assert all(run.tokens_per_second > 0 and run.latency > 0 for run in runs)
+
+
+def test_the_cost_model_is_compared_with_the_engine():
+    machine, times = check_cost_model("tiny", "torch", [(2, 1, 63), (2, 40, 0)])
+    assert machine.read_bandwidth > 1e8
+    assert machine.operations > 1e8
+    assert [(t.sequences, t.tokens, t.context) for t in times] == [(2, 1, 64), (2, 40, 40)]
+    for step in times:
+        assert step.predicted_ms > 0
+        assert step.error == step.predicted_ms / step.measured_ms - 1

@@ -27,13 +27,14 @@ BURSTGPT = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Ty
 MOONCAKE = """{"timestamp": 0, "input_length": 700, "output_length": 5, "hash_ids": [0, 1]}
 {"timestamp": 3000, "input_length": 1025, "output_length": 4, "hash_ids": [0, 2, 3]}
 """
+
+
+def conversation(*lengths):
+    return {"conversations": [{"from": "someone", "value": "word " * n} for n in lengths]}
+
+
 SHAREGPT = json.dumps(
-    [
-        {"conversations": [{"from": "human", "value": "a " * 10}, {"from": "gpt", "value": "b " * 9}]},
-        {"conversations": [{"from": "human", "value": "a " * 10}]},
-        {"conversations": [{"from": "human", "value": "a " * 3}, {"from": "gpt", "value": "b " * 9}]},
-        {"conversations": [{"from": "human", "value": "a " * 2000}, {"from": "gpt", "value": "b " * 9}]},
-    ]
+    [conversation(10, 9), conversation(10), conversation(3, 9), conversation(2000, 9)]
 )
 
 

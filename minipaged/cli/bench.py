@@ -105,6 +105,90 @@ def scheduler(
         report.write_json(json_file, costs, steps=steps)
 
 
+@bench.command()
+def memory(
+    model: ModelOption = "tiny",
+    memory_policy: Annotated[
+        list[str] | None, typer.Option(help="paged, orca-max, ...; several times")
+    ] = None,
+    num_requests: Annotated[int, typer.Option(help="with ShareGPT's lengths, scaled")] = 64,
+    repeats: Annotated[int, typer.Option(help="runs of each; the best counts")] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+    json_file: JsonOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+    block_size: BlockSizeOption = 16,
+    attention: AttentionOption = "auto",
+) -> None:
+    """What paging gains over contiguous reservations in the same memory, for real."""
+    import torch
+
+    from minipaged.engine.builder import EngineOptions
+    from minipaged.evaluation import report
+    from minipaged.evaluation.memory_policies import measure_policies
+    from minipaged.memory.reservation import RESERVATIONS
+
+    _at_least_one("--num-requests", num_requests)
+    _at_least_one("--repeats", repeats)
+    if threads:
+        torch.set_num_threads(threads)
+    options = EngineOptions(dtype=dtype, block_size=block_size, attention=attention, seed=seed)
+    policies = memory_policy or ["paged", *RESERVATIONS]
+    runs = measure_policies(model, policies, num_requests, repeats, options)
+    report.show_policies(Console(highlight=False), runs)
+    if json_file is not None:
+        report.write_json(json_file, runs, model=model, dtype=dtype, block_size=block_size)
+
+
+@bench.command()
+def perplexity(
+    text: Annotated[Path, typer.Option(help="text file to predict")],
+    model: ModelOption = "tiny",
+    last: Annotated[float, typer.Option(help="share of the text, from its end")] = 0.1,
+    window: Annotated[int, typer.Option(help="tokens that are predicted from each other")] = 512,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16 ...; several times")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="transformers")] = None,
+    attention: AttentionOption = "torch",
+    json_file: JsonOption = None,
+) -> None:
+    """Loss of a model on a text: paged, with an 8-bit cache, and in transformers."""
+    from minipaged.evaluation import report
+    from minipaged.evaluation.perplexity import measure_losses, read_text
+
+    if against not in (None, "transformers"):
+        raise ConfigurationError(f"--against {against} is unknown; it can be transformers")
+    dtypes = [_named_dtype(name) for name in dtype or ["float32", "bfloat16"]]
+    part = read_text(text, last)
+    losses = measure_losses(model, part, dtypes, window, attention, against is not None)
+    report.show_losses(Console(highlight=False), losses)
+    if json_file is not None:
+        report.write_json(json_file, losses, model=model, window=window, attention=attention)
+
+
+@bench.command("cost-model")
+def cost_model(
+    model: ModelOption = "smollm2",
+    attention: AttentionOption = "native",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """The simulator's cost model against measured steps, with this machine for a GPU."""
+    import torch
+
+    from minipaged.evaluation import report
+    from minipaged.evaluation.cost_check import check_cost_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    shapes = [(1, 1, 255), (8, 1, 255), (32, 1, 255), (32, 1, 63), (1, 512, 0), (8, 128, 0)]
+    measured, times = check_cost_model(model, attention, shapes)
+    report.show_step_times(Console(highlight=False), measured, times)
+    if json_file is not None:
+        report.write_json(json_file, times, model=model, attention=attention)
+
+
 @bench.command("prefix-cache")
 def prefix_cache(
     trace: Annotated[Path, typer.Option(help="JSON lines with the hash_ids of a prompt's blocks")],

@@ -15,9 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.evaluation.cost_check import Machine, StepTime
 from minipaged.evaluation.kernel import KernelTime
 from minipaged.evaluation.kernel_resources import KernelResources
 from minipaged.evaluation.latency import Latency
+from minipaged.evaluation.memory_policies import PolicyRun
+from minipaged.evaluation.perplexity import Loss
 from minipaged.evaluation.prefix_replay import Replay
 from minipaged.evaluation.scheduler_cost import SchedulerCost
 from minipaged.evaluation.sharing import Sharing
@@ -99,6 +102,54 @@ def show_sharing(console: Console, runs: list[Sharing]) -> None:
             f"{run.copies_per_step:.1f}",
         )
     console.print(table)
+
+
+def show_policies(console: Console, runs: list[PolicyRun]) -> None:
+    """Throughput by memory policy, and how many times each of the others the first is as fast."""
+    table = Table("memory", "tokens/s", "mean batch", "s/token", "preempted", "seconds", "ratio")
+    first = runs[0]
+    for run in runs:
+        table.add_row(
+            run.policy,
+            f"{run.tokens_per_second:.0f}",
+            f"{run.batch:.1f}",
+            f"{run.latency:.3f}",
+            str(run.preemptions),
+            ", ".join(f"{seconds:.1f}" for seconds in run.seconds),
+            f"{first.tokens_per_second / run.tokens_per_second:.2f}",
+        )
+    console.print(table)
+    console.print(f"ratio: {first.policy} over this one")
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+
+
+def show_losses(console: Console, losses: list[Loss]) -> None:
+    """Loss and perplexity of each system and type, and how far it is from the first of its type."""
+    table = Table("type", "system", "nats/token", "perplexity", "difference, nats")
+    first = {loss.dtype: loss for loss in reversed(losses)}
+    for loss in losses:
+        difference = loss.nats - first[loss.dtype].nats
+        figures = (f"{loss.nats:.6f}", f"{loss.perplexity:.4f}", f"{difference:+.1e}")
+        table.add_row(loss.dtype, loss.system, *figures)
+    console.print(table)
+    console.print(f"{losses[0].tokens:,} tokens predicted")
+
+
+def show_step_times(console: Console, measured: Machine, times: list[StepTime]) -> None:
+    """What the cost model says of each step, and what the engine took."""
+    console.print(
+        f"this machine reads {measured.read_bandwidth / 1e9:.1f} GB/s and multiplies at "
+        f"{measured.operations / 1e9:.0f} GFLOP/s in bfloat16"
+    )
+    table = Table(
+        "sequences", "tokens of each", "context", "predicted, ms", "measured, ms", "error"
+    )
+    for step in times:
+        shape = (str(step.sequences), str(step.tokens), str(step.context))
+        figures = (f"{step.predicted_ms:.1f}", f"{step.measured_ms:.1f}", f"{step.error:+.0%}")
+        table.add_row(*shape, *figures)
+    console.print(table)
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
 
 
 def show_latency(console: Console, latencies: list[Latency]) -> None:

@@ -87,7 +87,8 @@ def draw(figure: Figure, results: Results, path: Path) -> None:
         canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
-def _arguments(task: Task) -> dict[str, Any]:
+def arguments(task: Task) -> dict[str, Any]:
+    """By which a result is recognised: the function and what it was given."""
     return {"function": task.function.__name__, **task.arguments}
 
 
@@ -100,7 +101,7 @@ def _stored(path: Path, tasks: dict[str, Task]) -> dict[str, Any]:
         return {
             key: entry["result"]
             for key, entry in stored["tasks"].items()
-            if key in tasks and entry["task"] == _arguments(tasks[key])
+            if key in tasks and entry["task"] == arguments(tasks[key])
         }
     except FileNotFoundError:
         return {}
@@ -121,7 +122,7 @@ def _store(
         "source": source_digest(),
         "quick": quick,
         "tasks": {
-            key: {"task": _arguments(tasks[key]), "result": results[key]}
+            key: {"task": arguments(tasks[key]), "result": results[key]}
             for key in tasks
             if key in results
         },

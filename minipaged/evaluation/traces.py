@@ -108,8 +108,8 @@ def _whole(row: Row, name: str) -> int:
 
 def _azure(row: Row) -> TimedRequest:
     # Seven digits of a second in 2023, six and a time zone in 2024.
-    day_and_time, _, fraction = str(row["TIMESTAMP"]).partition(".")
-    digits = fraction.partition("+")[0] or "0"
+    day_and_time, _, fraction = str(row["TIMESTAMP"]).removesuffix("+00:00").partition(".")
+    digits = fraction or "0"
     seconds = datetime.fromisoformat(day_and_time + "+00:00").timestamp()
     arrival = seconds + int(digits) / 10 ** len(digits)
     return TimedRequest(arrival, _whole(row, "ContextTokens"), _whole(row, "GeneratedTokens"))
