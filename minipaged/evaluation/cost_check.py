@@ -73,7 +73,7 @@ def measure_machine(hidden: int, seconds: float = 1.0) -> Machine:
 
 def _fastest(work: Callable[[], object], seconds: float) -> float:
     end = time.perf_counter() + seconds
-    times = []
+    times: list[float] = []
     while time.perf_counter() < end or len(times) < 3:
         start = time.perf_counter()
         work()
