@@ -286,10 +286,10 @@ def workloads(
     draw: st.DrawFn, backends: tuple[str, ...] = ("torch",), crowded: bool = False
 ) -> Workload:
     """Pools from the smallest that can serve each request alone to half of what all would use."""
-    policy = draw(st.sampled_from(["fcfs", "fcfs", "priority"]))
+    policy = draw(st.sampled_from(["fcfs", "fcfs", "priority", "shortest"]))
     kind, fewest = (crowding_requests, 4) if crowded else (requests, 1)
     chosen = tuple(draw(st.lists(kind, min_size=fewest, max_size=7)))
-    if policy == "fcfs":
+    if policy != "priority":
         chosen = tuple(dataclasses.replace(request, priority=0) for request in chosen)
     block_size = draw(st.integers(1, 5))
     window = draw(st.sampled_from([None, None, None, 3, 4, 7]))

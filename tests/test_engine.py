@@ -116,7 +116,7 @@ def test_bad_requests_are_refused_and_harm_nobody(prompt, params, message):
     [
         ("fcfs", -1, "priority is -1; it must be a whole number, and 0 is the most urgent"),
         ("priority", 1.5, "priority is 1.5"),
-        ("fcfs", 1, "served first come, first served"),
+        ("fcfs", 1, "order of service knows no priorities"),
     ],
 )
 def test_bad_priorities(policy, priority, message):

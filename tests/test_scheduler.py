@@ -23,6 +23,7 @@ from minipaged.scheduling.policy import (
     PATIENCE,
     first_come_first_served,
     policy_named,
+    shortest_first,
     urgent_first,
 )
 from minipaged.scheduling.preemption import Preemption, PreemptionCosts
@@ -282,6 +283,25 @@ def test_a_stream_of_urgent_requests_starves_nobody():
         requests.step()
         assert overtaking < 2 * PATIENCE + 16
     assert overtaking > 2 * PATIENCE - 8, "and until then the urgent ones do go first"
+
+
+def test_short_requests_starve_no_long_one():
+    """A request for 1,024 tokens is overtaken by at most 64 log2(1024) later ones for 1."""
+    requests = Requests(4, 300, 1, 16, policy=shortest_first)
+    for group, most in ((requests.add(8, 900), 1024), (requests.add(8, 900), 1024)):
+        group.params = SamplingParams(max_tokens=most)
+        requests.scheduler.waiting.sort(key=shortest_first)
+    patient = requests.scheduler.waiting[-1]
+    overtaking = 0
+    while patient.status is Status.WAITING:
+        while len(requests.scheduler.waiting) < 4:
+            group = requests.add(4, 1)
+            group.params = SamplingParams(max_tokens=1)
+            requests.scheduler.waiting.sort(key=shortest_first)
+            overtaking += 1
+        requests.step()
+        assert overtaking < 10 * PATIENCE + 16
+    assert overtaking > 10 * PATIENCE - 8, "and until then the short ones do go first"
 
 
 def test_urgent_requests_overtake():

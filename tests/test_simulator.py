@@ -1,7 +1,6 @@
 """The simulator: clocks and counts that can be computed by hand, and laws that any run obeys."""
 
 import dataclasses
-import itertools
 import json
 import math
 
@@ -108,14 +107,14 @@ def test_every_request_is_served_once(requests, policy, width, beams, swaps, pre
 @settings(max_examples=20)
 @given(prompt=st.integers(1, 200), output=st.integers(50, 200))
 def test_whoever_reserves_less_serves_no_later(prompt, output):
-    """Thirty requests at once, all alike: paging, the oracle, Max and static batches, in order."""
+    """Thirty requests at once, all alike."""
     requests = [TimedRequest(0.0, prompt, output) for _ in range(30)]
-    ends = [
+    paged, oracle, most, static = (
         Simulation(System(memory_policy=policy), SMALL).run(requests).simulated
         for policy in ("paged", "orca-oracle", "orca-max", "static")
-    ]
-    for earlier, later in itertools.pairwise(ends):
-        assert earlier <= later * 1.05
+    )
+    assert max(paged, oracle) <= most * 1.01
+    assert most <= static * 1.01
 
 
 def test_prompts_apart_read_the_weights_twice():

@@ -50,6 +50,7 @@ def simulate(
     samples: Annotated[int, typer.Option("--n", help="samples of every request")] = 1,
     prefix_cache: Annotated[bool, typer.Option("--prefix-cache")] = False,
     preemption: PreemptionOption = "recompute",
+    policy: Annotated[str, typer.Option(help="order of service: fcfs or shortest")] = "fcfs",
     block_size: BlockSizeOption = 16,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at a time")] = 256,
     seed: SeedOption = 0,
@@ -107,26 +108,27 @@ def simulate(
     outcomes: dict[str, Outcome] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        for policy in memory_policy or ["orca-max", "orca-pow2", "orca-oracle", "paged"]:
-            paged = policy == "paged"
+        for memory in memory_policy or ["orca-max", "orca-pow2", "orca-oracle", "paged"]:
+            paged = memory == "paged"
             system = System(
-                memory_policy=policy,
+                memory_policy=memory,
                 block_size=block_size,
+                policy=policy,
                 max_num_seqs=max_num_seqs,
                 preemption=preemption if paged else "recompute",  # type: ignore[arg-type]
                 prefix_caching=prefix_cache and paged,
                 width=samples,
             )
-            task = bar.add_task(policy, total=expected)
-            outcomes[policy] = Simulation(system, target, seed).run(
+            task = bar.add_task(memory, total=expected)
+            outcomes[memory] = Simulation(system, target, seed).run(
                 arriving(),
                 lambda ended, _, task=task: bar.update(task, completed=ended),  # type: ignore[misc]
             )
             bar.remove_task(task)
     table = Table("memory", "s/token", "p99", "mean batch", "tokens/s", "token states", "preempted")
-    for policy, outcome in outcomes.items():
+    for memory, outcome in outcomes.items():
         table.add_row(
-            policy,
+            memory,
             f"{outcome.latency:.3f}",
             f"{outcome.p99:.3f}",
             f"{outcome.batch:.2f}",

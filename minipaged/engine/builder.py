@@ -58,7 +58,8 @@ class EngineOptions:
         Either way the pool never outgrows what max_num_seqs full contexts can use.
     max_num_seqs: sequences that run at a time.
     max_num_batched_tokens: tokens computed per step; None is 2048, or max_num_seqs if larger.
-    policy: order of service: "fcfs", or "priority" for requests with a priority.
+    policy: order of service: "fcfs", "priority" for requests with a priority, or "shortest" for
+        those with small max_tokens first, within bounds.
     preemption: of a group that has to make room: "recompute", "swap", or "auto", whichever is
         estimated to be cheaper.
     swap_space_gib: memory for swapped blocks in GiB; None is as much as the pool has, and more

@@ -26,7 +26,7 @@ from minipaged.models.detokenizer import IncrementalDetokenizer
 from minipaged.models.tokenizer import Tokenizer
 from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import RequestId, SequenceGroup, SequenceId
-from minipaged.scheduling.policy import first_come_first_served
+from minipaged.scheduling.policy import urgent_first
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.step_plan import StepPlan
 
@@ -235,9 +235,9 @@ class Engine:
             raise InvalidRequestError(
                 f"priority is {priority!r}; it must be a whole number, and 0 is the most urgent"
             )
-        if priority > 0 and self.scheduler.policy is first_come_first_served:
+        if priority > 0 and self.scheduler.policy is not urgent_first:
             raise InvalidRequestError(
-                f"priority is {priority} and requests are served first come, first served; "
+                f"priority is {priority} and the order of service knows no priorities; "
                 'set the engine\'s policy to "priority" or leave it 0'
             )
 

@@ -23,7 +23,7 @@ from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.reservation import ReservationManager
 from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import Sequence, SequenceGroup
-from minipaged.scheduling.policy import Policy, first_come_first_served
+from minipaged.scheduling.policy import policy_named
 from minipaged.scheduling.preemption import Preemption, PreemptionCosts, PreemptionMode
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.step_plan import StepPlan
@@ -49,7 +49,7 @@ class System:
     block_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    policy: Policy = first_come_first_served
+    policy: str = "fcfs"
     preemption: PreemptionMode = "recompute"
     prefix_caching: bool = False
     width: int = 1
@@ -109,7 +109,7 @@ class Simulation:
             self.manager,
             system.max_num_seqs,
             budget,
-            system.policy,
+            policy_named(system.policy),
             Preemption(system.preemption, costs),
             static_batches=system.memory_policy == "static",
         )

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from minipaged.evaluation.arrivals import poisson_requests
+from minipaged.evaluation.arrivals import TimedRequest, poisson_requests
 from minipaged.evaluation.cost_model import DEPLOYMENTS, CostModel
 from minipaged.evaluation.simulator import Outcome, Simulation, System
 
@@ -65,6 +65,16 @@ def sweep(
         "points": [[rate, p.latency, p.batch] for rate, p in sorted(points.items())],
         "sustained": low * (high / low) ** part,
     }
+
+
+def under_pressure(
+    kv_slots: int, prompt: int, output: int, count: int, system: dict[str, Any]
+) -> dict[str, Any]:
+    """Requests all alike, all at once, on OPT-13B with a cache of so many slots."""
+    target = dataclasses.replace(DEPLOYMENTS["opt-13b"], kv_slots=kv_slots)
+    simulation = Simulation(System(**system), target)
+    outcome = simulation.run(TimedRequest(0.0, prompt, output) for _ in range(count))
+    return dataclasses.asdict(outcome) | {"tokens_per_second": outcome.tokens_per_second}
 
 
 def sharing(dataset: str, decoding: str, width: int, num_requests: int) -> dict[str, Any]:

@@ -1,5 +1,16 @@
-"""The figures of the paper's evaluation, by name."""
+"""The figures of the paper's evaluation, and some of what came after it, by name."""
 
+from minipaged.evaluation.figures.beyond import (
+    components_plot,
+    components_table,
+    components_tasks,
+    policies_plot,
+    policies_table,
+    policies_tasks,
+    pressure_plot,
+    pressure_table,
+    pressure_tasks,
+)
 from minipaged.evaluation.figures.common import Figure, bars_of
 from minipaged.evaluation.figures.memory import (
     fig2_plot,
@@ -60,4 +71,27 @@ FIGURES = {
         "the cost model.",
     ),
     "fig19": Figure("Recomputation and swapping", fig19_tasks, fig19_table, fig19_plot),
+    "policies": Figure(
+        "Short requests first",
+        policies_tasks,
+        policies_table,
+        policies_plot,
+        note="Ours beside first come, first served; the paper has that alone. The output's length "
+        "is taken to be known.",
+    ),
+    "pressure": Figure(
+        "A cache that is too small",
+        pressure_tasks,
+        pressure_table,
+        pressure_plot,
+        note="Output tokens per second; 128 requests of 512 + 512 tokens, all there at once.",
+    ),
+    "components": Figure(
+        "What the memory of the GPU holds",
+        components_tasks,
+        components_table,
+        components_plot,
+        note="OPT-13B on an A100-40GB; weights and cache as in table 1, the rest is activations "
+        "and what the framework takes.",
+    ),
 }
