@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from minipaged.cli import app
 from minipaged.errors import ConfigurationError
 from minipaged.evaluation import reproduce, sweep
+from minipaged.evaluation.cost_model import DEPLOYMENTS
 from minipaged.evaluation.figures import FIGURES
 from minipaged.evaluation.figures.common import Figure, Row, Task, bars_of
 
@@ -135,3 +136,17 @@ def test_a_trace_can_serve_for_more_requests(tmp_path):
     result = CliRunner().invoke(app, ["simulate", "--trace", str(path), *options])
     assert result.exit_code == 0, result.output
     assert "300 requests" in result.output
+
+
+def test_the_block_size_is_chosen_from_the_trade_off(tmp_path):
+    plot = tmp_path / "sizes.svg"
+    options = ["--rate", "90", "--dataset", "alpaca", "--seconds", "10", "--plot", str(plot)]
+    result = CliRunner().invoke(app, ["tune-block-size", *options])
+    assert result.exit_code == 0, result.output
+    assert "<svg" in plot.read_text()
+    chosen, outcomes = sweep.tune_block_size(
+        DEPLOYMENTS["opt-13b"], "alpaca", 90.0, 10, [16, 64, 256]
+    )
+    speeds = {size: outcome.tokens_per_second for size, outcome in outcomes.items()}
+    assert speeds[256] < 0.9 * speeds[16], "short sequences waste most of a large block"
+    assert chosen == max(s for s in speeds if speeds[s] >= 0.99 * max(speeds.values()))

@@ -9,7 +9,7 @@ import typer
 
 from minipaged.cli.bench import bench
 from minipaged.cli.generate import INTERRUPTED, chat, complain, generate
-from minipaged.cli.simulate import reproduce, simulate
+from minipaged.cli.simulate import reproduce, simulate, tune_block_size
 from minipaged.errors import MinipagedError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(simulate)
 app.command()(reproduce)
+app.command("tune-block-size")(tune_block_size)
 app.add_typer(bench, name="bench")
 
 

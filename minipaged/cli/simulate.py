@@ -184,3 +184,46 @@ def reproduce(
         console.print(table)
         if figure.note:
             console.print(figure.note)
+
+
+def tune_block_size(
+    rate: Annotated[float, typer.Option(help="requests per second: more than can be sustained")],
+    deployment: Annotated[str, typer.Option(help="opt-13b, opt-66b, opt-175b, llama-13b")] = (
+        "opt-13b"
+    ),
+    hardware: Annotated[Path | None, typer.Option(help="another deployment, as JSON")] = None,
+    dataset: Annotated[str, typer.Option(help="sharegpt, alpaca, translation-1, -5 or chat")] = (
+        "sharegpt"
+    ),
+    seconds: Annotated[float, typer.Option(help="in which requests arrive")] = 300,
+    plot: Annotated[Path | None, typer.Option(help="draw the trade-off, as PNG or SVG")] = None,
+) -> None:
+    """Choose the block size for a model and a workload; simulated."""
+    from matplotlib.figure import Figure
+
+    from minipaged.evaluation.arrivals import check_rate
+    from minipaged.evaluation.cost_model import deployment_named, read_deployment
+    from minipaged.evaluation.sweep import tune_block_size as tune
+
+    check_rate(rate)
+    target = read_deployment(hardware) if hardware is not None else deployment_named(deployment)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if 4 * size <= target.kv_slots]
+    chosen, outcomes = tune(target, dataset, rate, seconds, sizes)
+    table = Table("block size", "tokens/s", "mean batch", "token states", "last blocks' waste")
+    for size, outcome in outcomes.items():
+        shares = outcome.memory.shares()
+        figures = (f"{outcome.tokens_per_second:.0f}", f"{outcome.batch:.1f}")
+        waste = (f"{shares['states']:.1f} %", f"{shares['internal']:.1f} %")
+        table.add_row(str(size), *figures, *waste, style="bold" if size == chosen else None)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"{chosen}: the largest within 1 % of the best throughput")
+    if plot is not None:
+        canvas = Figure(layout="constrained")
+        ax = canvas.subplots()
+        ax.plot(list(outcomes), [o.tokens_per_second for o in outcomes.values()], marker=".")
+        ax.axvline(chosen, linestyle=":")
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("tokens per block")
+        ax.set_ylabel("tokens/s")
+        canvas.savefig(plot)
