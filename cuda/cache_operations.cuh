@@ -4,7 +4,8 @@
 #include "numbers.cuh"
 
 // Stores the keys and values of a step's tokens in their slots, for one layer (section 5.1).
-// A slot is a physical block times the block size plus the offset in the block.
+// A slot is a physical block times the block size plus the offset in the block; below 0 it is that
+// of a row which only fills up a batch, and has nothing to store.
 //
 // Grid: (tokens).  Threads: any number.
 template <typename T, typename KV>
@@ -15,6 +16,7 @@ __global__ void reshape_and_cache(Global<const T> key, Global<const T> value, Gl
                                   int head_size) {
     const int token = blockIdx.x, width = kv_heads * head_size;
     const int64_t slot = slots[token];
+    if (slot < 0) return;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         const T k = key[token * key_stride + i], v = value[token * value_stride + i];
         if constexpr (sizeof(KV) == 1) {

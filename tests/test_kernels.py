@@ -120,7 +120,7 @@ def test_the_prompt_kernel_decodes_too(case):
     query = queries_of(case)
     output = torch.empty_like(query.contiguous())
     everything = np.arange(batch.num_seqs)
-    launch = Launch(batch, everything, "prompt", torch.device("cpu"), splits=1)
+    launch = Launch.of_batch(batch, everything, "prompt", torch.device("cpu"), splits=1)
     launch.run(exact_kernels(None, None), output, query, cache.keys[0], cache.values[0])
     torch.testing.assert_close(output, expected(case, query, kv), rtol=1e-10, atol=1e-12)
 
@@ -178,7 +178,9 @@ def check_tensor_cores(dtype, device, case):
     torch.manual_seed(case.seed)
     batch, keys, values, kv = place_typed(case, dtype, device)
     query = queries_of(case, dtype)
-    launch = Launch(batch, np.arange(batch.num_seqs), "tensor_cores", torch.device(device), 1)
+    launch = Launch.of_batch(
+        batch, np.arange(batch.num_seqs), "tensor_cores", torch.device(device), 1
+    )
     output = torch.empty_like(query.contiguous(), device=device)
     kernels = compile_for(device)((dtype,), (case.head_dim,))
     launch.run(kernels, output, query.to(device), keys, values)
@@ -231,7 +233,7 @@ def test_an_8_bit_cache(dtype, device, case):
     for version in ("v1", "v2", "prompt"):
         if version != "prompt" and any(new > 1 for new in case.queries):
             continue
-        launch = Launch(batch, np.arange(batch.num_seqs), version, torch.device(device), 2)
+        launch = Launch.of_batch(batch, np.arange(batch.num_seqs), version, torch.device(device), 2)
         output = torch.empty_like(query.contiguous(), device=device)
         launch.run(kernels, output, query.to(device), keys, values, tuple(scales))
         torch.testing.assert_close(
@@ -306,7 +308,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
     query = torch.randn(1, 4, head_dim).to(torch.bfloat16)
     wanted = contiguous_attention(query.double(), kv.double(), kv.double())
     for version in [*DECODING, "prompt"]:
-        launch = Launch(batch, np.arange(1), version, torch.device("cpu"), splits=2)
+        launch = Launch.of_batch(batch, np.arange(1), version, torch.device("cpu"), splits=2)
         output = torch.empty_like(query)
         launch.run(typed_kernels(None, None), output, query, cache, cache)
         torch.testing.assert_close(output.double(), wanted, rtol=2**-8, atol=1e-5)

@@ -45,32 +45,55 @@ def type_name(tensor: Tensor) -> str:
 
 
 class Launch:
-    """One decoding or prompt kernel over some of the sequences of a step.
+    """One decoding or prompt kernel over some sequences.
 
+    columns: PagedBatch.columns of them, where the kernel reads them, at every run anew.
     version: a name in DECODING or PROMPT.
     splits: parts that v2 cuts each context into.
     """
 
     def __init__(
-        self, batch: PagedBatch, seqs: np.ndarray, version: str, device: torch.device, splits: int
+        self,
+        columns: dict[str, Tensor],
+        version: str,
+        splits: int,
+        block_size: int,
+        window: int | None,
+        max_queries: int,
+        max_context: int,
     ) -> None:
-        # The tensors have to live as long as their addresses are used.
-        self._arrays = {
-            name: torch.from_numpy(column).to(device)
-            for name, column in batch.columns(seqs).items()
-        }
-        self._version, self._splits, self._num_seqs = version, splits, len(seqs)
-        self._arguments: Arguments = {name: array(t) for name, t in self._arrays.items()}
+        self._columns = columns  # they have to live as long as their addresses are used
+        self._version, self._splits = version, splits
+        self._num_seqs, max_blocks = columns["block_tables"].shape
+        self._arguments: Arguments = {name: array(column) for name, column in columns.items()}
         self._arguments |= {
             "version": version,
             "splits": splits,
-            "num_seqs": len(seqs),
-            "max_blocks": batch.block_tables.shape[1],
-            "max_queries": int(batch.query_lengths[seqs].max()),
-            "max_context": int(batch.context_lengths[seqs].max()),
-            "window": batch.window or 0,
-            "block_size": batch.block_size,
+            "num_seqs": self._num_seqs,
+            "max_blocks": max_blocks,
+            "max_queries": max_queries,
+            "max_context": max_context,
+            "window": window or 0,
+            "block_size": block_size,
         }
+
+    @classmethod
+    def of_batch(
+        cls, batch: PagedBatch, seqs: np.ndarray, version: str, device: torch.device, splits: int
+    ) -> Launch:
+        """Over some of the sequences of a step."""
+        return cls(
+            {
+                name: torch.from_numpy(column).to(device)
+                for name, column in batch.columns(seqs).items()
+            },
+            version,
+            splits,
+            batch.block_size,
+            batch.window,
+            max_queries=int(batch.query_lengths[seqs].max()),
+            max_context=int(batch.context_lengths[seqs].max()),
+        )
 
     def run(
         self,
@@ -179,25 +202,26 @@ class KernelAttention:
     def _launch(
         self, batch: PagedBatch, seqs: np.ndarray, decoding: bool, query: Tensor, keys: Tensor
     ) -> Launch:
-        splits, kv_heads = 1, keys.shape[2]
+        splits = 1
         # On a CPU nothing is gained by tensor cores, and the weights are rounded.
         suits = query.is_cuda and query.itemsize == keys.itemsize == 2 and query.shape[2] % 16 == 0
         version = self.prompt or ("tensor_cores" if suits else "prompt")
         if decoding:
             blocks = int(batch.context_lengths[seqs].max()) // batch.block_size
-            splits = self.splits or self._splits(len(seqs) * kv_heads, blocks)
-            version = self.decode or ("v2" if splits > 1 else "v1")
-        return Launch(batch, seqs, version, self.device, splits)
+            version, splits = self.decoding_kernel(len(seqs) * keys.shape[2], blocks)
+        return Launch.of_batch(batch, seqs, version, self.device, splits)
 
-    def _splits(self, thread_blocks: int, blocks: int) -> int:
-        """Parts of each context, so that there are a few thread blocks for every processor.
+    def decoding_kernel(self, thread_blocks: int, blocks: int) -> tuple[str, int]:
+        """Which kernel decodes contexts of so many KV blocks, and in how many parts.
 
-        Each part is at least 16 KV blocks, four for each warp: adding up costs time as well.
+        So many that there are a few thread blocks for every processor.  Each part is at least 16
+        KV blocks, four for each warp: adding up costs time as well.
         """
-        if self.device.type != "cuda":
-            return 1
-        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return max(1, min(4 * processors // thread_blocks, blocks // 16))
+        splits = self.splits or 1
+        if self.splits is None and self.device.type == "cuda":
+            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+            splits = max(1, min(4 * processors // thread_blocks, blocks // 16))
+        return self.decode or ("v2" if splits > 1 else "v1"), splits
 
 
 class KernelCacheOperations:

@@ -189,6 +189,27 @@ def cost_model(
         report.write_json(json_file, times, model=model, attention=attention)
 
 
+@bench.command("host-overhead")
+def host_overhead(
+    model: ModelOption = "smollm2",
+    dtype: DtypeOption = "bfloat16",
+    batch: Annotated[
+        list[int] | None, typer.Option(help="sequences; may be given several times")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """On a GPU: time that a decoding step spends on the host, eager and as a CUDA graph."""
+    from minipaged.evaluation import report
+    from minipaged.evaluation.host_overhead import measure_host_overhead
+
+    batches = batch or [1, 8, 64]
+    _at_least_one("--batch", *batches)
+    overheads = measure_host_overhead(model, _named_dtype(dtype), batches)
+    report.show_host_overhead(Console(highlight=False), overheads)
+    if json_file is not None:
+        report.write_json(json_file, overheads, model=model, dtype=dtype)
+
+
 @bench.command("prefix-cache")
 def prefix_cache(
     trace: Annotated[Path, typer.Option(help="JSON lines with the hash_ids of a prompt's blocks")],

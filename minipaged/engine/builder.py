@@ -16,6 +16,7 @@ import torch
 
 from minipaged.attention import attention_backend, backend_name, device_of
 from minipaged.attention.kernels import KernelAttention
+from minipaged.engine.decode_graphs import DecodeGraphs
 from minipaged.engine.engine import Engine
 from minipaged.engine.model_runner import ModelRunner
 from minipaged.errors import ConfigurationError
@@ -72,6 +73,8 @@ class EngineOptions:
     prefix_cache_seed: of the hash that finds them; None draws a secret one.
     attention: name of an attention: "torch", "native", "cuda", "emulated" or "reference"; "auto"
         is "cuda" where there is a GPU. The model runs on the GPU with "cuda", else on the CPU.
+    enforce_eager: on a GPU, launch every operator of a decoding step from Python instead of
+        replaying the step as a CUDA graph.
     debug: fill freed blocks with NaN and check every invariant after every step.
     """
 
@@ -89,6 +92,7 @@ class EngineOptions:
     enable_prefix_caching: bool = False
     prefix_cache_seed: int | None = None
     attention: str = "auto"
+    enforce_eager: bool = False
     debug: bool = False
 
 
@@ -122,11 +126,13 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
     shape = cache_shape(config, num_blocks, options.block_size)
     shape = dataclasses.replace(shape, num_host_blocks=manager.host.num_blocks)
     attention = attention_backend(options.attention, options.debug)
-    operations = None
+    operations = graphs = None
     if isinstance(attention, KernelAttention):
         operations = attention.cache_operations(dtype, config.head_dim)
     device = decoder.embed_tokens.weight.device
     cache = KVCache(shape, dtype, device, options.debug, operations)
+    if isinstance(attention, KernelAttention) and cache.device.type == "cuda":
+        graphs = DecodeGraphs(decoder, cache, attention, options.max_num_seqs)
     if options.debug:
         manager.device.on_free = cache.poison
     budget = options.max_num_batched_tokens
@@ -146,7 +152,7 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
         backend_name(options.attention),
     )
     return Engine(
-        ModelRunner(decoder, cache, attention),
+        ModelRunner(decoder, cache, attention, None if options.enforce_eager else graphs),
         Scheduler(
             manager,
             options.max_num_seqs,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minipaged.attention import Prepare
 from minipaged.attention.batch import PagedBatch
+from minipaged.engine.decode_graphs import DecodeGraphs
 from minipaged.memory.kv_cache import KVCache
 from minipaged.models.decoder import Decoder
 from minipaged.scheduling.step_plan import StepPlan
@@ -29,12 +30,22 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """One decoder, one KV cache, one kind of attention."""
+    """One decoder, one KV cache, one kind of attention.
 
-    def __init__(self, decoder: Decoder, cache: KVCache, prepare_attention: Prepare) -> None:
+    graphs: replays the steps in which every sequence has one token, if there are any.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        prepare_attention: Prepare,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.prepare_attention = prepare_attention
+        self.graphs = graphs
         self.attention_seconds = 0.0
 
     @torch.inference_mode()
@@ -62,6 +73,8 @@ class ModelRunner:
         last_rows = np.empty(len(items), dtype=np.int64)
         last_rows[order] = batch.query_starts[1:] - 1
         samples = [item.samples for item in plan.scheduled]
+        if self.graphs is not None and self.graphs.can_run(batch):
+            return self.graphs.run(batch, token_ids)[self._to_device(last_rows[samples])]
         slots = self._to_device(batch.slots())
         attention = self.prepare_attention(batch)
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.evaluation.cost_check import Machine, StepTime
+from minipaged.evaluation.host_overhead import HostOverhead
 from minipaged.evaluation.kernel import KernelTime
 from minipaged.evaluation.kernel_resources import KernelResources
 from minipaged.evaluation.latency import Latency
@@ -148,6 +149,16 @@ def show_step_times(console: Console, measured: Machine, times: list[StepTime]) 
         shape = (str(step.sequences), str(step.tokens), str(step.context))
         figures = (f"{step.predicted_ms:.1f}", f"{step.measured_ms:.1f}", f"{step.error:+.0%}")
         table.add_row(*shape, *figures)
+    console.print(table)
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+
+
+def show_host_overhead(console: Console, overheads: list[HostOverhead]) -> None:
+    """Milliseconds of a decoding step, of the GPU's work in it, and of the rest."""
+    table = Table("sequences", "steps", "step, ms", "GPU, ms", "host, ms")
+    for each in overheads:
+        figures = (f"{ms:.3f}" for ms in (each.step_ms, each.gpu_ms, each.host_ms))
+        table.add_row(str(each.sequences), each.mode, *figures)
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
 
