@@ -16,7 +16,7 @@ from minipaged.errors import ConfigurationError
 
 
 def simulate(
-    deployment: Annotated[str, typer.Option(help="opt-13b, opt-66b, opt-175b, llama-13b")] = (
+    deployment: Annotated[str, typer.Option(help="opt-13b, -66b, -175b, llama-13b, llama-3-8b")] = (
         "opt-13b"
     ),
     hardware: Annotated[
@@ -188,7 +188,7 @@ def reproduce(
 
 def tune_block_size(
     rate: Annotated[float, typer.Option(help="requests per second: more than can be sustained")],
-    deployment: Annotated[str, typer.Option(help="opt-13b, opt-66b, opt-175b, llama-13b")] = (
+    deployment: Annotated[str, typer.Option(help="opt-13b, -66b, -175b, llama-13b, llama-3-8b")] = (
         "opt-13b"
     ),
     hardware: Annotated[Path | None, typer.Option(help="another deployment, as JSON")] = None,

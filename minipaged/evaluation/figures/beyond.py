@@ -6,7 +6,14 @@ from matplotlib.figure import Figure as Canvas
 
 from minipaged.evaluation import sweep
 from minipaged.evaluation.cost_model import BYTES, DEPLOYMENTS
-from minipaged.evaluation.figures.common import SYSTEMS, Results, Row, Task, serve_task
+from minipaged.evaluation.figures.common import (
+    SYSTEMS,
+    Results,
+    Row,
+    Task,
+    serve_task,
+    stacked_bars,
+)
 from minipaged.evaluation.figures.memory import CATEGORIES, SPLIT, fig2_tasks
 
 POLICY_RATES = {"sharegpt": (3.0, 3.5, 4.0, 5.0), "alpaca": (60.0, 65.0, 70.0, 80.0)}
@@ -124,14 +131,6 @@ def components_table(results: Results) -> list[Row]:
 
 
 def components_plot(canvas: Canvas, results: Results) -> None:
-    """Stacked bars."""
-    ax = canvas.subplots()
-    names = [SYSTEMS[name] for name in SPLIT]
-    bottom = [0.0] * len(names)
-    parts = [_components(results, name) for name in SPLIT]
-    for component in parts[0]:
-        heights = [part[component] for part in parts]
-        ax.bar(names, heights, bottom=bottom, label=component)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    ax.set_ylabel("GB of the GPU's 40")
-    ax.legend(fontsize="small")
+    """One bar for each system."""
+    parts = {SYSTEMS[name]: _components(results, name) for name in SPLIT}
+    stacked_bars(canvas, parts, "GB of the GPU's 40")

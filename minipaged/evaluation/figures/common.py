@@ -110,6 +110,18 @@ def bars(canvas: Canvas, rows: list[Row], label: str) -> None:
     ax.legend()
 
 
+def stacked_bars(canvas: Canvas, parts: Mapping[str, Mapping[str, float]], label: str) -> None:
+    """One bar for each system, of parts on top of each other."""
+    ax = canvas.subplots()
+    bottom = dict.fromkeys(parts, 0.0)
+    for part in next(iter(parts.values())):
+        heights = [parts[name][part] for name in parts]
+        ax.bar(list(parts), heights, bottom=list(bottom.values()), label=part)
+        bottom = {name: bottom[name] + parts[name][part] for name in parts}
+    ax.set_ylabel(label)
+    canvas.legend(loc="outside right upper")
+
+
 def bars_of(table: Callable[[Results], list[Row]], label: str) -> Callable[..., None]:
     """A plot that shows a figure's table."""
     return lambda canvas, results: bars(canvas, table(results), label)

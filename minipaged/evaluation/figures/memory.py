@@ -11,6 +11,7 @@ from minipaged.evaluation.figures.common import (
     Row,
     Task,
     serve_task,
+    stacked_bars,
 )
 
 # Figure 2: what the memory holds.
@@ -42,16 +43,8 @@ def fig2_table(results: Results) -> list[Row]:
 
 
 def fig2_plot(canvas: Canvas, results: Results) -> None:
-    """Stacked bars."""
-    ax = canvas.subplots()
-    names = [SYSTEMS[name] for name in SPLIT]
-    bottom = [0.0] * len(names)
-    for category in CATEGORIES:
-        heights = [results[name]["shares"][category] for name in SPLIT]
-        ax.bar(names, heights, bottom=bottom, label=category)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    ax.set_ylabel("KV cache, %")
-    ax.legend()
+    """One bar for each system."""
+    stacked_bars(canvas, {SYSTEMS[name]: results[name]["shares"] for name in SPLIT}, "KV cache, %")
 
 
 # Figure 13: requests that run at a time.

@@ -64,7 +64,8 @@ def fig12_plot(canvas: Canvas, results: Results) -> None:
         names = {f"{deployment} {dataset} {name}": label for name, label in SYSTEMS.items()}
         latency_plot(ax, results, names)
         ax.set_title(f"{deployment}, {dataset}")
-    canvas.axes[0].legend()
+    handles, labels = canvas.axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=len(SYSTEMS))
 
 
 # Figures 14 to 17: other ways of decoding.
