@@ -168,13 +168,17 @@ def reproduce(
     for name in names:
         with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
             task = bar.add_task(name)
-            rows = runner.reproduce(
-                name,
-                output,
-                quick,
-                processes,
-                lambda done, of: bar.update(task, completed=done, total=of),  # noqa: B023
-            )
+            try:
+                rows = runner.reproduce(
+                    name,
+                    output,
+                    quick,
+                    processes,
+                    lambda done, of: bar.update(task, completed=done, total=of),  # noqa: B023
+                )
+            except KeyboardInterrupt:
+                console.print(f"interrupted; the next run goes on from what is in {output}")
+                raise
         figure = FIGURES[name]
         table = Table("", "paper", "ours", "ratio", title=f"{name}: {figure.title}")
         for row in rows:
