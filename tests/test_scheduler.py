@@ -436,3 +436,25 @@ def test_a_block_stays_free_for_everyone_who_runs():
     while second.request_id in requests.living:
         requests.step()
     assert requests.scheduler.num_preemptions == 0
+
+
+def test_a_swapped_prompt_waits_until_the_rest_of_it_fits():
+    requests = Requests(4, 9, 4, 8, num_host_blocks=9)
+    scheduler = requests.scheduler
+    first = requests.add(7, 6)  # A: two blocks, in the next step but one three
+    requests.step()
+    second = requests.add(24, 2)  # B: six blocks in the end, computed 7 tokens at a time
+    requests.step()
+    assert second.sequences[0].num_computed_tokens == 7
+    victim = scheduler.running.pop()
+    scheduler.preemption.preempt(victim, scheduler.manager)
+    scheduler.waiting.append(victim)
+    # A: three blocks.  B: two on the host, and four more to come; free: six, one of them A's next.
+    requests.step()
+    assert second.status is Status.SWAPPED
+    while first.request_id in requests.living:
+        requests.step()
+        assert second.status is Status.SWAPPED or first.status is Status.FINISHED
+    while second.request_id in requests.living:
+        requests.step()
+    assert scheduler.num_preemptions == 1
