@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from minipaged.cli import bench_machine  # noqa: F401  (adds its commands to bench)
 from minipaged.cli.bench import bench
 from minipaged.cli.generate import INTERRUPTED, chat, complain, generate
 from minipaged.cli.simulate import reproduce, simulate, tune_block_size

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,11 +18,10 @@ from minipaged.cli.options import (
     NumBlocksOption,
     SeedOption,
     SeqsOption,
+    at_least_one,
+    named_dtype,
 )
 from minipaged.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    import torch
 
 bench = typer.Typer(help="Measure.", no_args_is_help=True)
 
@@ -97,8 +95,8 @@ def scheduler(
     from minipaged.evaluation.scheduler_cost import measure_scheduler
 
     sizes = num_seqs or [10, 100, 1000, 4000]
-    _at_least_one("--steps", steps)
-    _at_least_one("--num-seqs", *sizes)
+    at_least_one("--steps", steps)
+    at_least_one("--num-seqs", *sizes)
     costs = [measure_scheduler(size, steps) for size in sizes]
     report.show_scheduler(Console(highlight=False), costs)
     if json_file is not None:
@@ -128,8 +126,8 @@ def memory(
     from minipaged.evaluation.memory_policies import measure_policies
     from minipaged.memory.reservation import RESERVATIONS
 
-    _at_least_one("--num-requests", num_requests)
-    _at_least_one("--repeats", repeats)
+    at_least_one("--num-requests", num_requests)
+    at_least_one("--repeats", repeats)
     if threads:
         torch.set_num_threads(threads)
     options = EngineOptions(dtype=dtype, block_size=block_size, attention=attention, seed=seed)
@@ -159,55 +157,12 @@ def perplexity(
 
     if against not in (None, "transformers"):
         raise ConfigurationError(f"--against {against} is unknown; it can be transformers")
-    dtypes = [_named_dtype(name) for name in dtype or ["float32", "bfloat16"]]
+    dtypes = [named_dtype(name) for name in dtype or ["float32", "bfloat16"]]
     part = read_text(text, last)
     losses = measure_losses(model, part, dtypes, window, attention, against is not None)
     report.show_losses(Console(highlight=False), losses)
     if json_file is not None:
         report.write_json(json_file, losses, model=model, window=window, attention=attention)
-
-
-@bench.command("cost-model")
-def cost_model(
-    model: ModelOption = "smollm2",
-    attention: AttentionOption = "native",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
-    json_file: JsonOption = None,
-) -> None:
-    """The simulator's cost model against measured steps, with this machine for a GPU."""
-    import torch
-
-    from minipaged.evaluation import report
-    from minipaged.evaluation.cost_check import check_cost_model
-
-    if threads:
-        torch.set_num_threads(threads)
-    shapes = [(1, 1, 255), (8, 1, 255), (32, 1, 255), (32, 1, 63), (1, 512, 0), (8, 128, 0)]
-    measured, times = check_cost_model(model, attention, shapes)
-    report.show_step_times(Console(highlight=False), measured, times)
-    if json_file is not None:
-        report.write_json(json_file, times, model=model, attention=attention)
-
-
-@bench.command("host-overhead")
-def host_overhead(
-    model: ModelOption = "smollm2",
-    dtype: DtypeOption = "bfloat16",
-    batch: Annotated[
-        list[int] | None, typer.Option(help="sequences; may be given several times")
-    ] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """On a GPU: time that a decoding step spends on the host, eager and as a CUDA graph."""
-    from minipaged.evaluation import report
-    from minipaged.evaluation.host_overhead import measure_host_overhead
-
-    batches = batch or [1, 8, 64]
-    _at_least_one("--batch", *batches)
-    overheads = measure_host_overhead(model, _named_dtype(dtype), batches)
-    report.show_host_overhead(Console(highlight=False), overheads)
-    if json_file is not None:
-        report.write_json(json_file, overheads, model=model, dtype=dtype)
 
 
 @bench.command("prefix-cache")
@@ -223,7 +178,7 @@ def prefix_cache(
     from minipaged.evaluation.prefix_replay import read_block_trace, replay
 
     sizes = pool_blocks or [1_000, 3_000, 10_000, 30_000, 50_000, 100_000]
-    _at_least_one("--pool-blocks", *sizes)
+    at_least_one("--pool-blocks", *sizes)
     requests = read_block_trace(trace)
     replays = [replay(requests, size) for size in (*sizes, None)]
     report.show_replays(Console(highlight=False), replays)
@@ -249,8 +204,8 @@ def sharing(
     from minipaged.evaluation.sharing import measure_sharing
 
     widths = width or [2, 4, 6]
-    _at_least_one("--num-requests", num_requests)
-    _at_least_one("--width", *widths)
+    at_least_one("--num-requests", num_requests)
+    at_least_one("--width", *widths)
     seqs = num_requests * max(widths)
     engine = load_engine(model, EngineOptions(block_size=block_size, max_num_seqs=seqs))
     runs = [
@@ -286,8 +241,8 @@ def latency(
     from minipaged.evaluation import report
     from minipaged.evaluation.latency import measure_latency
 
-    _at_least_one("--num-decoding", num_decoding)
-    _at_least_one("--tokens", tokens)
+    at_least_one("--num-decoding", num_decoding)
+    at_least_one("--tokens", tokens)
     if threads:
         torch.set_num_threads(threads)
     latencies = []
@@ -300,87 +255,3 @@ def latency(
     report.show_latency(Console(highlight=False), latencies)
     if json_file is not None:
         report.write_json(json_file, latencies, model=model, dtype=dtype)
-
-
-@bench.command()
-def kernel(
-    attention: AttentionOption = "auto",
-    batch: Annotated[list[int] | None, typer.Option(help="may be given several times")] = None,
-    context: Annotated[list[int] | None, typer.Option(help="tokens of each sequence")] = None,
-    heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
-    head_size: Annotated[int, typer.Option(help="elements of a head")] = 128,
-    block_size: BlockSizeOption = 16,
-    dtype: DtypeOption = "bfloat16",
-    repeats: Annotated[int, typer.Option(help="runs of each; the median counts")] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
-    json_file: JsonOption = None,
-    seed: SeedOption = 0,
-) -> None:
-    """Decoding attention of one layer: time, bandwidth, and what paging costs (figure 18a)."""
-    import torch
-
-    from minipaged.evaluation import report
-    from minipaged.evaluation.kernel import DecodeShape, measure_kernels
-
-    chosen = _named_dtype(dtype)
-    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", heads)
-    if match is None or int(match[1]) % int(match[2]):
-        raise ConfigurationError(
-            f"--heads is {heads!r}; give query heads / KV heads, the first a multiple of the "
-            "second, like 32/8"
-        )
-    batches, contexts = batch or [1, 8, 64, 256], context or [128, 1024, 4096]
-    _at_least_one("--batch", *batches)
-    _at_least_one("--context", *contexts)
-    _at_least_one("--repeats", repeats)
-    if threads:
-        torch.set_num_threads(threads)
-    times = []
-    for sequences in batches:
-        for tokens in contexts:
-            shape = DecodeShape(
-                sequences, tokens, int(match[1]), int(match[2]), head_size, block_size
-            )
-            times += measure_kernels(shape, attention, chosen, repeats, seed)
-    report.show_kernels(Console(highlight=False), times)
-    if json_file is not None:
-        report.write_json(json_file, times, attention=attention, dtype=dtype)
-
-
-@bench.command()
-def resources(
-    dtype: DtypeOption = "bfloat16",
-    head_size: Annotated[int, typer.Option(help="elements of a head")] = 128,
-    float8_cache: Annotated[bool, typer.Option(help="also the kernels for an 8-bit cache")] = False,
-    json_file: JsonOption = None,
-) -> None:
-    """Registers, shared memory and spills of the CUDA kernels; needs nvcc, no GPU."""
-    from minipaged.attention.build import head_size_fits
-    from minipaged.evaluation import report
-    from minipaged.evaluation.kernel_resources import kernel_resources
-
-    chosen = _named_dtype(dtype)
-    head_size_fits(head_size, chosen)
-    found = kernel_resources(chosen, head_size, float8_cache)
-    report.show_resources(Console(highlight=False), found)
-    if json_file is not None:
-        report.write_json(json_file, found, dtype=dtype, head_size=head_size)
-
-
-def _named_dtype(name: str) -> torch.dtype:
-    """A type where there is no model to say which."""
-    import torch
-
-    from minipaged.engine.builder import parse_dtype
-
-    dtype = parse_dtype(name)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigurationError("--dtype auto has no meaning without a model; name a type")
-    return dtype
-
-
-def _at_least_one(name: str, *values: int) -> None:
-    """Refuse a count of 0 or less, by the name of its option."""
-    for value in values:
-        if value < 1:
-            raise ConfigurationError(f"{name} is {value}; it must be at least 1")

@@ -1,11 +1,16 @@
-"""The options that several commands share, and what they mean."""
+"""The options that several commands share, what they mean, and how they are checked."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from minipaged.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="tiny, smollm2, a directory, a GGUF file or a hub id")
@@ -36,3 +41,22 @@ MaxTokensOption = Annotated[int, typer.Option(help="output tokens per prompt")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy")]
 TopKOption = Annotated[int, typer.Option(help="draw among the k likeliest; 0 for all")]
 TopPOption = Annotated[float, typer.Option(help="draw among the likeliest that reach this mass")]
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """A type where there is no model to say which."""
+    import torch
+
+    from minipaged.engine.builder import parse_dtype
+
+    dtype = parse_dtype(name)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigurationError("--dtype auto has no meaning without a model; name a type")
+    return dtype
+
+
+def at_least_one(name: str, *values: int) -> None:
+    """Refuse a count of 0 or less, by the name of its option."""
+    for value in values:
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1")

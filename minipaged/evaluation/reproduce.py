@@ -26,7 +26,7 @@ from minipaged.evaluation.figures import FIGURES
 from minipaged.evaluation.figures.common import Figure, Results, Row, Task
 
 PACKAGE = Path(__file__).parents[1]
-SIMULATOR = ("arrivals", "cost_model", "memory_use", "simulator", "sweep")
+SIMULATOR = ("arrivals", "cost_model", "memory_use", "outcome", "simulator", "sweep")
 
 
 def figure_names(wanted: Sequence[str]) -> list[str]:

@@ -1,13 +1,11 @@
 """The engine without its model: real scheduler, real block manager, and a clock that is computed.
 
 Discrete events: requests arrive, steps end.  Every step is planned as in the engine, and the
-cost model says how long it would have taken.  The figures of a run are kept as sums, so that a
-million requests take no more memory than those that are served at a time.
+cost model says how long it would have taken.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +15,8 @@ import numpy as np
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.evaluation.arrivals import TimedRequest
 from minipaged.evaluation.cost_model import CostModel, Deployment, StepWork
-from minipaged.evaluation.memory_use import MemoryUse, memory_use
+from minipaged.evaluation.memory_use import memory_use
+from minipaged.evaluation.outcome import Outcome, Totals
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.reservation import ReservationManager
@@ -57,37 +56,6 @@ class System:
     prompts_apart: bool = False
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One run.
-
-    latency: mean of (end - arrival) / output tokens, in seconds per token (the paper's
-        normalized latency).
-    p99: of the same, from a histogram with steps of 5 %.
-    batch: mean number of running requests, over the time in which requests arrived.
-    memory: mean use of the memory while requests waited for it, or over all if none ever did.
-    simulated, real: seconds of the simulated machine, and of this one.
-    """
-
-    requests: int
-    refused: int
-    tokens: int
-    latency: float
-    p99: float
-    batch: float
-    preemptions: int
-    memory: MemoryUse
-    hit_tokens: int
-    steps: int
-    simulated: float
-    real: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Output tokens per simulated second."""
-        return self.tokens / self.simulated if self.simulated else 0.0
-
-
 class Simulation:
     """One system on one deployment."""
 
@@ -118,7 +86,7 @@ class Simulation:
         self.num_steps = 0
         self._groups: dict[int, _Group] = {}  # by the id of every sequence that is alive
         self._num_sequences = self._num_requests = 0
-        self._totals = _Totals()
+        self._totals = Totals()
 
     def _block_manager(self, seed: int) -> BlockManager:
         system = self.system
@@ -157,7 +125,14 @@ class Simulation:
                 self._step(arriving=following is not None)
             if progress is not None and self.num_steps % 256 == 0:
                 progress(self._totals.requests, self.clock)
-        return self._totals.outcome(self, time.perf_counter() - start)
+        cache = self.manager.prefix_cache
+        return self._totals.outcome(
+            preemptions=self.scheduler.num_preemptions,
+            hit_tokens=cache.num_hit_tokens if cache is not None else 0,
+            steps=self.num_steps,
+            simulated=self.clock,
+            real=time.perf_counter() - start,
+        )
 
     def _admit(
         self, following: TimedRequest | None, pending: Iterator[TimedRequest]
@@ -207,8 +182,7 @@ class Simulation:
         seconds = sum(self.cost.seconds(work) for work in self._passes(plan))
         self.clock += seconds
         if arriving:
-            totals.arriving_seconds += seconds
-            totals.request_seconds += seconds * running
+            totals.add_step(seconds, running)
         if self.num_steps % MEMORY_EVERY == 0:
             totals.add_memory(memory_use(self.manager, self._final_lengths()), waits)
         self.num_steps += 1
@@ -261,7 +235,9 @@ class Simulation:
             self.scheduler.remove(group)
             for sequence in group.sequences:
                 del groups[sequence.seq_id]
-            self._totals.add_request(group, self.clock)
+            request = group.request
+            tokens = request.output * len(group.sequences)
+            self._totals.add_request((self.clock - request.arrival) / request.output, tokens)
 
     def _fork(self, group: _Group, parent: Sequence) -> None:
         """Let a prompt that was just computed become the samples of its request."""
@@ -314,54 +290,3 @@ class _Group(SequenceGroup):
         self.request = request
         self.final_length = request.prompt + request.output
         self.own_token = -1 - arrival
-
-
-class _Totals:
-    """Sums over a run."""
-
-    STEP = math.log(1.05)  # of the histogram of latencies
-
-    def __init__(self) -> None:
-        self.requests = self.refused = self.tokens = 0
-        self.latencies = self.arriving_seconds = self.request_seconds = 0.0
-        self._histogram: dict[int, int] = {}
-        self._memory = {True: MemoryUse(), False: MemoryUse()}
-        self._looks = {True: 0, False: 0}
-
-    def add_request(self, group: _Group, clock: float) -> None:
-        latency = (clock - group.request.arrival) / group.request.output
-        self.requests += 1
-        self.tokens += group.request.output * len(group.sequences)
-        self.latencies += latency
-        place = math.floor(math.log(latency) / self.STEP)
-        self._histogram[place] = self._histogram.get(place, 0) + 1
-
-    def add_memory(self, use: MemoryUse, waits: bool) -> None:
-        self._memory[waits] = self._memory[waits] + use
-        self._looks[waits] += 1
-
-    def _p99(self) -> float:
-        left = self.requests - self.requests // 100
-        for place in sorted(self._histogram):
-            left -= self._histogram[place]
-            if left <= 0:
-                return math.exp((place + 1) * self.STEP)
-        return 0.0
-
-    def outcome(self, simulation: Simulation, real: float) -> Outcome:
-        kind = self._looks[True] > 0
-        cache = simulation.manager.prefix_cache
-        return Outcome(
-            requests=self.requests,
-            refused=self.refused,
-            tokens=self.tokens,
-            latency=self.latencies / max(1, self.requests),
-            p99=self._p99(),
-            batch=self.request_seconds / self.arriving_seconds if self.arriving_seconds else 0.0,
-            preemptions=simulation.scheduler.num_preemptions,
-            memory=self._memory[kind] / max(1, self._looks[kind]),
-            hit_tokens=cache.num_hit_tokens if cache is not None else 0,
-            steps=simulation.num_steps,
-            simulated=simulation.clock,
-            real=real,
-        )
