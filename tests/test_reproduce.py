@@ -138,6 +138,18 @@ def test_a_trace_can_serve_for_more_requests(tmp_path):
     assert "300 requests" in result.output
 
 
+def test_prefix_hashes_of_a_trace_drive_the_prefix_cache(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    request = {"input_length": 1500, "output_length": 5, "hash_ids": [7, 8, 9]}
+    lines = [json.dumps({"timestamp": 1000 * i, **request}) for i in range(3)]
+    path.write_text("\n".join(lines))
+    options = ["--trace", str(path), "--prefix-cache", "--memory-policy", "paged"]
+    result = CliRunner().invoke(app, ["simulate", *options])
+    assert result.exit_code == 0, result.output
+    # 1,500 tokens are 93 full blocks of 16 each, found by the second request and the third.
+    assert f"{2 * 93 * 16:,} tokens of prompts were found" in result.output
+
+
 def test_the_block_size_is_chosen_from_the_trade_off(tmp_path):
     plot = tmp_path / "sizes.svg"
     options = ["--rate", "90", "--dataset", "alpaca", "--seconds", "10", "--plot", str(plot)]

@@ -144,6 +144,9 @@ def simulate(
         f"simulated: {first.requests} requests for each memory policy, {tokens / real:,.0f} tokens "
         f"per second of this machine; {first.refused} were too long and refused"
     )
+    if prefix_cache and "paged" in outcomes:
+        hits = outcomes["paged"].hit_tokens
+        console.print(f"{hits:,} tokens of prompts were found in the prefix cache")
     if json_file is not None:
         report.write_json(json_file, list(outcomes.values()), policies=list(outcomes))
 
