@@ -55,8 +55,8 @@ def named_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def at_least_one(name: str, *values: int) -> None:
-    """Refuse a count of 0 or less, by the name of its option."""
+def at_least_one(name: str, *values: float) -> None:
+    """Refuse what is less than 1, by the name of its option."""
     for value in values:
         if value < 1:
-            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+            raise ConfigurationError(f"{name} is {value:g}; it must be at least 1")

@@ -4,32 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from minipaged.cli.options import BlockSizeOption, JsonOption, PreemptionOption, SeedOption
+from minipaged.cli.options import (
+    BlockSizeOption,
+    JsonOption,
+    PreemptionOption,
+    SeedOption,
+    at_least_one,
+)
 from minipaged.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from minipaged.evaluation.cost_model import Deployment
+
+DeploymentOption = Annotated[
+    str, typer.Option(help="opt-13b, opt-66b, opt-175b, llama-13b or llama-3-8b")
+]
+HardwareOption = Annotated[
+    Path | None,
+    typer.Option(
+        help='another deployment, as JSON: {"model": {"num_weights": 8e9, "num_layers": 32, '
+        '"hidden": 4096, "kv_hidden": 1024, "context_length": 131072}, "gpu": "A100-80GB", '
+        '"num_gpus": 1, "kv_slots": 400000}'
+    ),
+]
+DatasetOption = Annotated[
+    str, typer.Option(help="sharegpt, alpaca, translation-1, translation-5 or chat")
+]
+
+
+def _target(deployment: str, hardware: Path | None) -> Deployment:
+    """What is simulated: a deployment of this name, or the one that a file describes."""
+    from minipaged.evaluation.cost_model import deployment_named, read_deployment
+
+    return read_deployment(hardware) if hardware is not None else deployment_named(deployment)
+
+
+def _progress(console: Console) -> Progress:
+    """A bar with the time gone and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
 
 
 def simulate(
-    deployment: Annotated[str, typer.Option(help="opt-13b, -66b, -175b, llama-13b, llama-3-8b")] = (
-        "opt-13b"
-    ),
-    hardware: Annotated[
-        Path | None,
-        typer.Option(
-            help='another deployment, as JSON: {"model": {"num_weights": 8e9, "num_layers": 32, '
-            '"hidden": 4096, "kv_hidden": 1024, "context_length": 131072}, "gpu": "A100-80GB", '
-            '"num_gpus": 1, "kv_slots": 400000}'
-        ),
-    ] = None,
-    dataset: Annotated[
-        str, typer.Option(help="sharegpt, alpaca, translation-1, translation-5 or chat")
-    ] = "sharegpt",
+    deployment: DeploymentOption = "opt-13b",
+    hardware: HardwareOption = None,
+    dataset: DatasetOption = "sharegpt",
     trace: Annotated[
         Path | None, typer.Option(help="requests of Azure, BurstGPT, Mooncake or ShareGPT")
     ] = None,
@@ -65,8 +91,8 @@ def simulate(
         check_rate,
         poisson_requests,
     )
-    from minipaged.evaluation.cost_model import deployment_named, read_deployment
-    from minipaged.evaluation.simulator import Outcome, Simulation, System
+    from minipaged.evaluation.outcome import Outcome
+    from minipaged.evaluation.simulator import Simulation, System
     from minipaged.evaluation.traces import at_random, at_rate, read_trace
     from minipaged.scheduling.preemption import PreemptionMode
 
@@ -75,11 +101,10 @@ def simulate(
             f"--preemption is {preemption!r}; choose {', '.join(get_args(PreemptionMode))}"
         )
     for name, value in (("--n", samples), ("--requests", requests or 1), ("--seconds", seconds)):
-        if value < 1:
-            raise ConfigurationError(f"{name} is {value:g}; it must be at least 1")
+        at_least_one(name, value)
     if rate is not None:
         check_rate(rate)
-    target = read_deployment(hardware) if hardware is not None else deployment_named(deployment)
+    target = _target(deployment, hardware)
     recorded: list[TimedRequest] = []
     if trace is not None:
         count_tokens = None
@@ -106,8 +131,7 @@ def simulate(
     expected = requests or len(recorded) or round((rate or 2.0) * seconds)
     console = Console(highlight=False)
     outcomes: dict[str, Outcome] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with _progress(console) as bar:
         for memory in memory_policy or ["orca-max", "orca-pow2", "orca-oracle", "paged"]:
             paged = memory == "paged"
             system = System(
@@ -163,13 +187,11 @@ def reproduce(
     from minipaged.evaluation import reproduce as runner
     from minipaged.evaluation.figures import FIGURES
 
-    if processes < 1:
-        raise ConfigurationError(f"--processes is {processes}; it must be at least 1")
+    at_least_one("--processes", processes)
     names = runner.figure_names(figures)
     console = Console(highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     for name in names:
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        with _progress(console) as bar:
             task = bar.add_task(name)
             try:
                 rows = runner.reproduce(
@@ -195,13 +217,9 @@ def reproduce(
 
 def tune_block_size(
     rate: Annotated[float, typer.Option(help="requests per second: more than can be sustained")],
-    deployment: Annotated[str, typer.Option(help="opt-13b, -66b, -175b, llama-13b, llama-3-8b")] = (
-        "opt-13b"
-    ),
-    hardware: Annotated[Path | None, typer.Option(help="another deployment, as JSON")] = None,
-    dataset: Annotated[str, typer.Option(help="sharegpt, alpaca, translation-1, -5 or chat")] = (
-        "sharegpt"
-    ),
+    deployment: DeploymentOption = "opt-13b",
+    hardware: HardwareOption = None,
+    dataset: DatasetOption = "sharegpt",
     seconds: Annotated[float, typer.Option(help="in which requests arrive")] = 300,
     plot: Annotated[Path | None, typer.Option(help="draw the trade-off, as PNG or SVG")] = None,
 ) -> None:
@@ -209,11 +227,10 @@ def tune_block_size(
     from matplotlib.figure import Figure
 
     from minipaged.evaluation.arrivals import check_rate
-    from minipaged.evaluation.cost_model import deployment_named, read_deployment
     from minipaged.evaluation.sweep import tune_block_size as tune
 
     check_rate(rate)
-    target = read_deployment(hardware) if hardware is not None else deployment_named(deployment)
+    target = _target(deployment, hardware)
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if 4 * size <= target.kv_slots]
     chosen, outcomes = tune(target, dataset, rate, seconds, sizes)
     table = Table("block size", "tokens/s", "mean batch", "token states", "last blocks' waste")

@@ -131,7 +131,8 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
         operations = attention.cache_operations(dtype, config.head_dim)
     device = decoder.embed_tokens.weight.device
     cache = KVCache(shape, dtype, device, options.debug, operations)
-    if isinstance(attention, KernelAttention) and cache.device.type == "cuda":
+    replays = cache.device.type == "cuda" and not options.enforce_eager
+    if isinstance(attention, KernelAttention) and replays:
         graphs = DecodeGraphs(decoder, cache, attention, options.max_num_seqs)
     if options.debug:
         manager.device.on_free = cache.poison
@@ -152,7 +153,7 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
         backend_name(options.attention),
     )
     return Engine(
-        ModelRunner(decoder, cache, attention, None if options.enforce_eager else graphs),
+        ModelRunner(decoder, cache, attention, graphs),
         Scheduler(
             manager,
             options.max_num_seqs,

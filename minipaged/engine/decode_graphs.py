@@ -105,7 +105,7 @@ class _PaddedStep:
         self.tokens.copy_(torch.from_numpy(tokens))
         self.contexts.copy_(torch.from_numpy(contexts))
         self.tables[count:, :1] = 0
-        self.tables[:count, :blocks].copy_(torch.from_numpy(batch.columns()["block_tables"]))
+        self.tables[:count, :blocks].copy_(torch.from_numpy(batch.block_tables))
 
     def run(self, memory: Any) -> Tensor:
         """Replay the step, which is recorded at the first call."""

@@ -33,10 +33,7 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class StepTime:
-    """One kind of step, in milliseconds.
-
-    shape: tokens that each sequence computes, of so many sequences.
-    """
+    """One kind of step: sequences that compute so many tokens each, the last of their context."""
 
     sequences: int
     tokens: int

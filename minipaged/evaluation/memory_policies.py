@@ -7,6 +7,7 @@ scaled to the model's context.  The policies take turns in one process.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ import numpy as np
 
 from minipaged.engine.builder import EngineOptions, build_engine, parse_dtype
 from minipaged.engine.engine import Engine
-from minipaged.evaluation.arrivals import draw_lengths
+from minipaged.evaluation.arrivals import DATASETS, draw_lengths
+from minipaged.evaluation.cost_model import DEPLOYMENTS
 from minipaged.evaluation.workload import WorkloadRequest
 from minipaged.models.loader import load_decoder
 from minipaged.request.sampling_params import SamplingParams
 
-PAPER_SLOTS, PAPER_CONTEXT = 15_700, 2048  # table 1, OPT-13B
-PAPER_PROMPT, PAPER_OUTPUT = 161.31, 337.99  # figure 11, ShareGPT
+PAPER = DEPLOYMENTS["opt-13b"]  # whose cache and context are scaled
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def sharegpt_workload(
 ) -> list[WorkloadRequest]:
     """Random tokens in ShareGPT's lengths, scaled from the paper's context to this one."""
     rng = np.random.default_rng(seed)
-    scale = context_length / PAPER_CONTEXT
+    scale, lengths = context_length / PAPER.model.context_length, DATASETS["sharegpt"]
     half = context_length // 2
-    prompts = draw_lengths(PAPER_PROMPT * scale, count, half, rng)
-    outputs = draw_lengths(PAPER_OUTPUT * scale, count, half, rng)
+    prompts = draw_lengths(lengths.prompt * scale, count, half, rng)
+    outputs = draw_lengths(lengths.output * scale, count, half, rng)
     return [
         WorkloadRequest(rng.integers(1, vocab_size, prompt).tolist(), output)
         for prompt, output in zip(prompts, outputs, strict=True)
@@ -63,24 +64,19 @@ def measure_policies(
     """Serve the same requests under every policy in turn; options: all but policy and memory."""
     decoder, tokenizer = load_decoder(model, dtype=parse_dtype(options.dtype))
     context = decoder.config.context_length
-    slots = context * PAPER_SLOTS // PAPER_CONTEXT
+    slots = context * PAPER.kv_slots // PAPER.model.context_length
     workload = sharegpt_workload(num_requests, context, decoder.config.vocab_size, options.seed)
+    options = dataclasses.replace(options, num_blocks=slots // options.block_size)
     runs: dict[str, list[PolicyRun]] = {policy: [] for policy in policies}
     for _ in range(repeats):
         for policy in policies:
-            chosen = {
-                **vars(options),
-                "memory_policy": policy,
-                "num_blocks": slots // options.block_size,
-            }
-            engine = build_engine(decoder, tokenizer, EngineOptions(**chosen))
+            chosen = dataclasses.replace(options, memory_policy=policy)
+            engine = build_engine(decoder, tokenizer, chosen)
             runs[policy].append(_serve(policy, engine, workload))
     return [
-        PolicyRun(
-            **{
-                **vars(max(of_policy, key=lambda run: run.tokens_per_second)),
-                "seconds": [second for run in of_policy for second in run.seconds],
-            }
+        dataclasses.replace(
+            max(of_policy, key=lambda run: run.tokens_per_second),
+            seconds=[second for run in of_policy for second in run.seconds],
         )
         for of_policy in runs.values()
     ]

@@ -19,6 +19,7 @@ from minipaged.attention import attention_backend
 from minipaged.attention.batch import PagedAttention, PagedBatch
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.evaluation.throughput import Transformers
+from minipaged.evaluation.workload import read_file
 from minipaged.memory.kv_cache import KVCache, KVCacheShape, TorchCacheOperations
 from minipaged.models.decoder import Attend, Decoder
 from minipaged.models.loader import load_decoder
@@ -132,8 +133,5 @@ def read_text(path: Path, last_share: float) -> str:
     """The last part of a text file, from 0 to 1 of it."""
     if not 0 < last_share <= 1:
         raise ConfigurationError(f"--last is {last_share:g}; it must be above 0 and at most 1")
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"{path} cannot be read: {error}") from error
+    text = read_file(path)
     return text[round(len(text) * (1 - last_share)) :]

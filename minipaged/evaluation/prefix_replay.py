@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from minipaged.errors import InvalidRequestError
+from minipaged.evaluation.workload import read_file
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.prefix_cache import PrefixCache
 
@@ -41,20 +43,22 @@ class Replay:
         return self.hits / max(1, self.blocks)
 
 
+def hash_ids(entry: Mapping[str, object]) -> list[int]:
+    """The blocks of a prompt, as a line of the trace names them; ValueError for anything else."""
+    blocks = entry["hash_ids"]
+    if not isinstance(blocks, list) or not all(
+        isinstance(block, int) and 0 <= block < 2**63 for block in blocks
+    ):
+        raise ValueError("hash_ids must be a list of whole numbers, 0 or more")
+    return blocks
+
+
 def read_block_trace(path: Path) -> list[list[int]]:
     """The blocks of every request, in order of arrival."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"{path} cannot be read: {error}") from error
     trace = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_file(path).splitlines(), start=1):
         try:
-            blocks = json.loads(line)["hash_ids"]
-            if not isinstance(blocks, list) or not all(
-                isinstance(block, int) and 0 <= block < 2**63 for block in blocks
-            ):
-                raise ValueError("hash_ids must be a list of whole numbers, 0 or more")
+            blocks = hash_ids(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidRequestError(
                 f'line {number} of {path} is not {{"hash_ids": [0, 1, 2]}}: {error}'

@@ -13,24 +13,23 @@ from typing import Any
 
 from minipaged.evaluation.arrivals import TimedRequest, poisson_requests
 from minipaged.evaluation.cost_model import DEPLOYMENTS, CostModel, Deployment
-from minipaged.evaluation.simulator import Outcome, Simulation, System
+from minipaged.evaluation.outcome import Outcome
+from minipaged.evaluation.simulator import Simulation, System
 
 
 def serve(
-    deployment: str, workload: str, rate: float, seconds: float, system: dict[str, Any]
+    target: Deployment, workload: str, rate: float, seconds: float, system: System
 ) -> Outcome:
     """One system at one rate."""
-    target = DEPLOYMENTS[deployment]
-    simulation = Simulation(System(**system), target)
     requests = poisson_requests(workload, rate, seconds, target.model.context_length, seed=0)
-    return simulation.run(requests)
+    return Simulation(system, target).run(requests)
 
 
 def run_at(
     deployment: str, workload: str, rate: float, seconds: float, system: dict[str, Any]
 ) -> dict[str, Any]:
     """The same, as plain values."""
-    outcome = serve(deployment, workload, rate, seconds, system)
+    outcome = serve(DEPLOYMENTS[deployment], workload, rate, seconds, System(**system))
     return dataclasses.asdict(outcome) | {"shares": outcome.memory.shares()}
 
 
@@ -51,7 +50,7 @@ def sweep(
     points: dict[float, Outcome] = {}
 
     def saturated(rate: float) -> bool:
-        points[rate] = serve(deployment, workload, rate, seconds, system)
+        points[rate] = serve(DEPLOYMENTS[deployment], workload, rate, seconds, System(**system))
         return points[rate].latency >= limit
 
     low, high = 0.0, start
@@ -108,10 +107,8 @@ def tune_block_size(
     Large blocks waste slots; small ones make long tables, more copies to swap, and short reads.
     Rated by tokens per second, so that the rate should be more than can be sustained.
     """
-    outcomes = {}
-    for size in sizes:
-        simulation = Simulation(System(block_size=size), deployment)
-        length = deployment.model.context_length
-        outcomes[size] = simulation.run(poisson_requests(workload, rate, seconds, length, seed=0))
+    outcomes = {
+        size: serve(deployment, workload, rate, seconds, System(block_size=size)) for size in sizes
+    }
     best = max(outcome.tokens_per_second for outcome in outcomes.values())
     return max(s for s, o in outcomes.items() if o.tokens_per_second >= 0.99 * best), outcomes

@@ -17,6 +17,8 @@ import numpy as np
 
 from minipaged.errors import InvalidRequestError
 from minipaged.evaluation.arrivals import TimedRequest, check_rate
+from minipaged.evaluation.prefix_replay import hash_ids
+from minipaged.evaluation.workload import read_file
 
 MOONCAKE_BLOCK = 512  # tokens of a prompt that one of its hashes stands for
 FORMATS = (
@@ -35,10 +37,7 @@ def read_trace(path: Path, count_tokens: Callable[[str], int] | None = None) -> 
         own, and arrive together: see `at_rate`.
     Raises InvalidRequestError, with the number of the line, for what cannot be read.
     """
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"{path} cannot be read: {error}") from error
+    text = read_file(path, "utf-8-sig")
     if text.lstrip().startswith("["):
         requests = _conversations(path, text, count_tokens)
     else:
@@ -121,11 +120,8 @@ def _burstgpt(row: Row) -> TimedRequest:
 
 
 def _mooncake(row: Row) -> TimedRequest:
-    hashes = row["hash_ids"]
-    if not isinstance(hashes, list) or not all(isinstance(h, int) and h >= 0 for h in hashes):
-        raise ValueError("hash_ids must be a list of whole numbers, 0 or more")
+    prefix = tuple((block, MOONCAKE_BLOCK) for block in hash_ids(row))
     prompt, output = _whole(row, "input_length"), _whole(row, "output_length")
-    prefix = tuple((block, MOONCAKE_BLOCK) for block in hashes)
     return TimedRequest(_whole(row, "timestamp") / 1000, prompt, output, prefix)
 
 

@@ -37,15 +37,19 @@ def uniform_workload(
     ]
 
 
+def read_file(path: Path, encoding: str = "utf-8") -> str:
+    """A text file; InvalidRequestError says why it cannot be read."""
+    try:
+        return path.read_text(encoding)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error}") from error
+
+
 def read_workload(path: Path, vocab_size: int, seed: int) -> list[WorkloadRequest]:
     """Requests from a file with {"prompt_length": ..., "output_length": ...} on every line."""
     random = np.random.default_rng(seed)
     requests = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_file(path).splitlines(), start=1):
         try:
             entry = json.loads(line)
             prompt, output = entry["prompt_length"], entry["output_length"]

@@ -164,6 +164,7 @@ class Scheduler:
         as soon as another sequence needs its next, and has run for nothing.
         """
         num_seats = sum(group.num_seats for group in self.running)
+        kept_free = self._num_sequences
         while self.waiting:
             group = self.waiting[0]
             num_seats += group.num_seats
@@ -171,31 +172,34 @@ class Scheduler:
             spare = draft.spare - len(group.sequences)
             if num_seats > self.max_num_seqs or spare < 0:
                 break
-            if not (self._swap_in(group, draft) or self._begin(group)):
+            if not (self._swap_in(group, draft, kept_free) or self._begin(group, kept_free)):
                 break
             draft.spare = spare
+            kept_free += len(group.sequences)
             group.status = Status.RUNNING
             insort(self.running, self.waiting.pop(0), key=self.policy)
             self._take_slots(next_chunks(group, draft, self.manager)[0], draft)
 
-    def _swap_in(self, group: SequenceGroup, draft: Draft) -> bool:
-        """Move a swapped group back if it fits."""
+    def _swap_in(self, group: SequenceGroup, draft: Draft, kept_free: int) -> bool:
+        """Move a swapped group back if it fits, and so many blocks stay free."""
         if group.status is not Status.SWAPPED:
             return False
-        if self._blocks_to_catch_up(group) + self._num_sequences > self.manager.device.num_free:
+        if self._blocks_to_catch_up(group) + kept_free > self.manager.device.num_free:
             return False
         draft.swap_in += self.manager.swap_in([sequence.seq_id for sequence in group.sequences])
         return True
 
-    def _begin(self, group: SequenceGroup) -> bool:
-        """Let a group without blocks begin if it fits; it takes its blocks chunk by chunk.
+    def _begin(self, group: SequenceGroup, kept_free: int) -> bool:
+        """Let a group without blocks begin if it fits beside those that stay free.
+
+        It takes its blocks chunk by chunk.
 
         Cached blocks of its prefix are taken here.
         """
         if group.status is not Status.WAITING:
             return False
         manager, first = self.manager, group.sequences[0]
-        needed = self._blocks_to_catch_up(group) + self._num_sequences
+        needed = self._blocks_to_catch_up(group) + kept_free
         if not manager.has_room_to_begin(first.seq_id, needed):
             prefix = manager.cached_prefix(first.token_ids)
             saved = sum(manager.device.ref_count(block) > 0 for block in prefix)
