@@ -22,6 +22,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdio>
+
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
@@ -33,6 +35,12 @@ using Shared = T*;  // an array in the memory that the threads of a thread block
 template <typename T>
 Global<T> global_array(void* data, int64_t, const char*) {
     return static_cast<T*>(data);
+}
+
+// Stands where a part of a kernel is still to be written, and stops the kernel with these words.
+__device__ inline void not_implemented(const char* what) {
+    if (threadIdx.x == 0) printf("%s\n", what);
+    __trap();
 }
 
 // Hands out the dynamic shared memory of a thread block, from its beginning, array by array.
@@ -331,6 +339,9 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<voi
 }
 
 }  // namespace cpu
+
+// Stands where a part of a kernel is still to be written, and ends the launch with these words.
+[[noreturn]] inline void not_implemented(const char* what) { cpu::fail(what); }
 
 #define __syncthreads() cpu::sync_threads(__FILE__, __LINE__)
 #define __syncwarp(...) cpu::sync_warp(__FILE__, __LINE__ __VA_OPT__(, ) __VA_ARGS__)

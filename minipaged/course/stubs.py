@@ -1,0 +1,147 @@
+"""Stubs: the reference with the parts left out that a lesson asks for.
+
+The reference is the only source.  In a Python file the body of a named function, after its
+docstring, becomes a NotImplementedError that names the task; in a CUDA file the body between
+the braces, or the end of it, becomes a call that fails with the same words.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from minipaged.course.lesson import ROOT, Lesson, LessonError, Task, tomllib
+
+OPEN_TASK = "Task {number}: {name} is still to be written"
+
+
+def stub_of(lesson: Lesson, file: str, only: str | None = None) -> str:
+    """The learner's first version of a file; with `only` the one task of this number is open."""
+    text = (ROOT / file).read_text("utf-8")
+    for task in lesson.tasks:
+        if task.file == file and only in (None, task.number):
+            text = open_task(text, task)
+    return text
+
+
+def open_task(text: str, task: Task) -> str:
+    """A file's text without what the task asks for."""
+    for bug in task.plant:
+        text = plant(text, read_bug(bug))
+    for name in task.empty:
+        try:
+            empty = _empty_python if task.module else _empty_cuda
+            text = empty(text, name, task)
+        except LookupError as error:
+            raise LessonError(
+                f"task {task.number} empties {name}, which is not in {task.file}: {error}"
+            ) from error
+    return text
+
+
+def _empty_python(text: str, name: str, task: Task) -> str:
+    node = find_function(ast.parse(text), name)
+    body = node.body
+    described = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+    before = body[0].end_lineno if described else body[0].lineno - 1
+    assert before is not None
+    assert node.end_lineno is not None
+    lines = text.splitlines(keepends=True)
+    indent = " " * (node.col_offset + 4)
+    message = OPEN_TASK.format(number=task.number, name=name)
+    line = f'{indent}raise NotImplementedError("{message}")\n'
+    return "".join([*lines[:before], line, *lines[node.end_lineno :]])
+
+
+def find_function(tree: ast.Module, name: str) -> ast.FunctionDef:
+    """The function or method of this qualified name; LookupError if there is none."""
+    nodes: list[ast.stmt] = tree.body
+    *classes, function = name.split(".")
+    for part in classes:
+        inner = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name == part]
+        if not inner:
+            raise LookupError(f"no class {part}")
+        nodes = inner[0].body
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return node
+    raise LookupError(f"no function {function}")
+
+
+def _empty_cuda(text: str, name: str, task: Task) -> str:
+    name, _, first = name.partition(" from ")
+    start, end = cuda_body(text, name)
+    if first:
+        place = text.find(first, start, end)
+        if place < 0:
+            raise LookupError(f"no {first!r} in {name}")
+        start = text.rindex("\n", start, place) + 1
+    else:
+        start += 1
+    message = OPEN_TASK.format(number=task.number, name=name)
+    return f'{text[:start]}    not_implemented("{message}");\n{text[end:]}'
+
+
+def cuda_body(text: str, name: str) -> tuple[int, int]:
+    """Where the body of a function begins, behind its brace, and where its last brace stands."""
+    place = text.find(f" {name}(")
+    if place < 0:
+        raise LookupError(f"no function {name}")
+    start = text.index("{", text.index(")", place)) + 1
+    depth, at = 1, start
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        at += 1
+    return start, at - 1
+
+
+def read_bug(name: str) -> dict:
+    """A planted bug, from its file in tests/planted_bugs."""
+    path = ROOT / "tests" / "planted_bugs" / f"{name}.toml"
+    if not path.exists():
+        raise LessonError(f"there is no planted bug {name}: found no {path}")
+    return tomllib.loads(path.read_text("utf-8"))
+
+
+def plant(text: str, bug: dict) -> str:
+    """A file's text with the edits of a bug, or of a variant; each old text must be there once.
+
+    A bug has one edit, `old` and `new`, or a list `edits` of such pairs.
+    """
+    for edit in bug.get("edits", [bug]):
+        if text.count(edit["old"]) != 1:
+            raise LessonError(f"{bug['file']} has changed; mend the planted bug {bug['title']!r}")
+        text = text.replace(edit["old"], edit["new"])
+    return text
+
+
+def mutants(lesson: Lesson) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The planted bugs of a lesson and the correct solutions of another shape, by name.
+
+    Those of its mutants.toml, and the bugs of the whole project that it names.
+    """
+    path = lesson.folder / "mutants.toml"
+    own = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
+    bugs = {name: read_bug(name) for name in lesson.bugs}
+    bugs |= {bug["name"]: bug for bug in own.get("bugs", ())}
+    return bugs, {variant["name"]: variant for variant in own.get("variants", ())}
+
+
+def write_solution(lesson: Lesson, folder: Path, change: dict | None = None) -> None:
+    """The lesson's files as the reference has them, with a bug or a variant in one of them."""
+    for file in lesson.files:
+        text = (ROOT / file).read_text("utf-8")
+        if change is not None and change["file"] == file:
+            text = plant(text, change)
+        (folder / Path(file).name).write_text(text, "utf-8")
+
+
+def write_stubs(lesson: Lesson, folder: Path | None = None) -> list[Path]:
+    """Write the stubs of a lesson, by default where they belong; returns their files."""
+    written = []
+    for file in lesson.files:
+        path = (folder or lesson.folder / "stubs") / Path(file).name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(stub_of(lesson, file), "utf-8")
+        written.append(path)
+    return written

@@ -1,0 +1,121 @@
+"""The learner's files in the place of modules of the package.
+
+An import finder stands before all others and answers the import of a substituted module with
+another file, so that everything that imports it, the engine included, runs on that.  For a
+CUDA file the kernels are compiled from a copy of cuda/ that has the learner's file in it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from minipaged.course.lesson import ROOT, Lesson, LessonError, find_lesson
+
+Files = Mapping[str, Path]
+"""Files of the package, relative to the project, and what takes their place."""
+
+
+class LessonFinder(importlib.abc.MetaPathFinder):
+    """Answers the import of some modules with other files."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = dict(files)
+        self.modules = {
+            file.removesuffix(".py").replace("/", "."): path.resolve()
+            for file, path in files.items()
+            if file.endswith(".py")
+        }
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Where a substituted module is; None leaves the others to the usual finders."""
+        if fullname not in self.modules:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.modules[fullname])
+
+
+def substitute(files: Files) -> None:
+    """From now on these files are imported in the place of the package's.
+
+    What was imported of the package before is forgotten, so that it is imported anew; objects
+    that were made before keep their old classes.
+    """
+    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, LessonFinder)]
+    for name in [name for name in sys.modules if name.startswith("minipaged.")]:
+        if not name.startswith("minipaged.course"):
+            del sys.modules[name]
+            parent, _, child = name.rpartition(".")
+            if parent in sys.modules:
+                vars(sys.modules[parent]).pop(child, None)
+    if not files:
+        return
+    sys.meta_path.insert(0, LessonFinder(files))
+    kernels = {file: path for file, path in files.items() if file.startswith("cuda/")}
+    if kernels:
+        # A folder of that content: compiled kernels are found again by what is in it.
+        overlay = Path(tempfile.mkdtemp(prefix="minipaged-cuda-"))
+        shutil.copytree(ROOT / "cuda", overlay / "cuda")
+        for file, path in kernels.items():
+            shutil.copy(path, overlay / file)
+        from minipaged.attention import build
+
+        build.SOURCES = overlay / "cuda"
+
+
+def substituted() -> dict[str, Path]:
+    """What is substituted now."""
+    for finder in sys.meta_path:
+        if isinstance(finder, LessonFinder):
+            return finder.files
+    return {}
+
+
+def own_files(lessons: Sequence[Lesson]) -> dict[str, Path]:
+    """The learner's files of these lessons; where two write the same, the later lesson's.
+
+    LessonError names the first one that is not there.
+    """
+    files = {}
+    for lesson in lessons:
+        for file in lesson.files:
+            path = lesson.own_file(file)
+            if not path.exists():
+                raise LessonError(
+                    f"lesson {lesson.number} has not begun: found no {path}; "
+                    f"`minipaged lesson start {lesson.number}` makes it"
+                )
+            files[file] = path
+    return files
+
+
+def use(*numbers: int) -> None:
+    """Run on one's own modules of these lessons from now on; with none, on the reference.
+
+    For notebooks: call it again after a change, then import again what is used.  A lesson that
+    has not begun runs on the reference, and that is said.
+    """
+    files: dict[str, Path] = {}
+    for number in numbers:
+        lesson = find_lesson(number)
+        try:
+            files |= own_files([lesson])
+        except LessonError:
+            print(
+                f"Lesson {number} runs on the reference: you have not begun it. "
+                f"`minipaged lesson start {number}` makes your files."
+            )
+    substitute(files)
+    for file, path in files.items():
+        print(f"{file} is yours: {path.relative_to(path.parents[2])}")

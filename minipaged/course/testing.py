@@ -1,0 +1,71 @@
+"""Runs the tests of a lesson on somebody's files, in a process of their own.
+
+Learner code may loop, die or print; the process that asks does not.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minipaged.course.lesson import ROOT, Lesson, LessonError
+from minipaged.course.plugin import points_of
+
+
+@dataclass(frozen=True)
+class TestOutcome:
+    """What the tests said.
+
+    outcomes: of each task that was tested, each case and what it failed with; None if it passed.
+    broken: why test files could not be imported, if so.
+    ended: whether the tests came to their end at all.
+    """
+
+    __test__ = False  # for pytest it is no test
+
+    outcomes: dict[str, dict[str, str | None]]
+    broken: list[str] = field(default_factory=list)
+    ended: bool = True
+
+    def score(self, lesson: Lesson) -> dict[str, float]:
+        """Points of each task that was tested."""
+        return {
+            number: 0 if self.broken or not self.ended else points_of(lesson.task(number), cases)
+            for number, cases in self.outcomes.items()
+        }
+
+
+def pytest_arguments(
+    lesson: Lesson, task: str | None = None, own: Path | None = None, report: Path | None = None
+) -> list[str]:
+    """What to give pytest to test a lesson, or one task of it.
+
+    own: where the learner's files are, if not in the lesson's folder.
+    report: the file in which the outcomes are wanted.
+    """
+    # With "=": pytest takes the common folder of all paths among its arguments for the project.
+    arguments = [f"--lesson={lesson.number}", f"--rootdir={ROOT}", f"-c={ROOT / 'pyproject.toml'}"]
+    if task is not None:
+        arguments.append(f"--task={task}")
+    if own is not None:
+        arguments.append(f"--own={own}")
+    if report is not None:
+        arguments.append(f"--lesson-report={report}")
+    return arguments
+
+
+def run_tests(lesson: Lesson, task: str | None = None, *options: str) -> TestOutcome:
+    """Test the learner's files of a lesson, printing what pytest prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "pytest", *pytest_arguments(lesson, task, report=report)]
+        done = subprocess.run([*command, *options])
+        if not report.exists():
+            if done.returncode == 4:  # it has said why
+                raise LessonError(f"lesson {lesson.number} could not be tested")
+            return TestOutcome({}, ended=False)
+        return TestOutcome(**json.loads(report.read_text("utf-8")))
