@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint lessons clean
 
 demo: $(VENV)/.demo
 	$(BIN)/minipaged generate --num-blocks 32 --max-tokens 120 --seed 3 \
@@ -20,6 +20,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+
+# Writes the stubs and notebooks of the lessons from their sources.
+lessons: $(VENV)/.test
+	$(BIN)/minipaged course generate
 
 # A stamp per set of packages: they are installed again when pyproject.toml changes.
 $(VENV)/.demo: pyproject.toml

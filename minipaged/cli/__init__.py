@@ -9,7 +9,9 @@ import typer
 
 from minipaged.cli import bench_machine  # noqa: F401  (adds its commands to bench)
 from minipaged.cli.bench import bench
+from minipaged.cli.course import course_app
 from minipaged.cli.generate import INTERRUPTED, chat, complain, generate
+from minipaged.cli.lesson import lesson_app
 from minipaged.cli.simulate import reproduce, simulate, tune_block_size
 from minipaged.errors import MinipagedError
 
@@ -25,6 +27,8 @@ app.command()(simulate)
 app.command()(reproduce)
 app.command("tune-block-size")(tune_block_size)
 app.add_typer(bench, name="bench")
+app.add_typer(lesson_app, name="lesson")
+app.add_typer(course_app, name="course")
 
 
 def main() -> None:

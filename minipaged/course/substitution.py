@@ -23,6 +23,10 @@ Files = Mapping[str, Path]
 """Files of the package, relative to the project, and what takes their place."""
 
 
+KEPT = ("minipaged.course", "minipaged.cli", "minipaged.errors")
+"""What no lesson replaces, and who has it already goes on with it."""
+
+
 class LessonFinder(importlib.abc.MetaPathFinder):
     """Answers the import of some modules with other files."""
 
@@ -54,7 +58,7 @@ def substitute(files: Files) -> None:
     """
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, LessonFinder)]
     for name in [name for name in sys.modules if name.startswith("minipaged.")]:
-        if not name.startswith("minipaged.course"):
+        if not name.startswith(KEPT):
             del sys.modules[name]
             parent, _, child = name.rpartition(".")
             if parent in sys.modules:
@@ -118,4 +122,4 @@ def use(*numbers: int) -> None:
             )
     substitute(files)
     for file, path in files.items():
-        print(f"{file} is yours: {path.relative_to(path.parents[2])}")
+        print(f"{file} is yours: {path.parent.name}/{path.name}")

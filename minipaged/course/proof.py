@@ -1,0 +1,174 @@
+"""Proves that a lesson is sound (T10).
+
+Its stub fails, each task's tests with that task's words and nothing else; the reference and
+correct solutions of another shape pass; every planted bug is caught; stub and notebook are what
+their sources make.  `minipaged course check N` runs it for whoever writes a lesson.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minipaged.course import notebooks
+from minipaged.course.lesson import Lesson, LessonError, Task
+from minipaged.course.stubs import OPEN_TASK, mutants, stub_of, write_solution
+from minipaged.course.testing import TestOutcome, pytest_arguments
+
+FEWEST_BUGS = 6
+PRELOADED = ["torch", "numpy", "pytest", "hypothesis", "jaxtyping"]
+
+
+class UnsoundLessonError(LessonError):
+    """A lesson is not what it must be."""
+
+
+def run_on(
+    lesson: Lesson, own: Path, task: str | None = None, *options: str, seconds: int = 300
+) -> TestOutcome:
+    """Test these files.  In a fork of a process that has imported what takes long: a lesson is
+    tested dozens of times."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        arguments = [*pytest_arguments(lesson, task, own, report), "-p", "no:cacheprovider"]
+        arguments += ["-p", "no:xdist", "-q", *options]
+        process = context.Process(target=_run_pytest, args=(arguments, folder))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if not report.exists():
+            said = (Path(folder) / "said").read_text("utf-8", errors="replace")
+            return TestOutcome({}, [said[-2000:]], ended=False)
+        return TestOutcome(**json.loads(report.read_text("utf-8")))
+
+
+def _run_pytest(arguments: list[str], folder: str) -> None:
+    """In the new process: pytest, with all that it says in a file."""
+    said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    os.environ["HYPOTHESIS_PROFILE"] = "planted"
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/examples"
+    import pytest
+    import torch
+
+    torch.set_num_threads(1)
+    os._exit(pytest.main(arguments))
+
+
+@contextlib.contextmanager
+def solution(
+    lesson: Lesson, change: dict | None = None, open_task: Task | None = None
+) -> Iterator[Path]:
+    """A folder with the reference as the learner's files: changed, or with one task open."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_solution(lesson, folder, change)
+        if open_task is not None:
+            path = folder / Path(open_task.file).name
+            path.write_text(stub_of(lesson, open_task.file, open_task.number), "utf-8")
+        yield folder
+
+
+def check_generated(lesson: Lesson) -> None:
+    """Stubs and notebook are what their sources make, and there are bugs enough to catch."""
+    for file in lesson.files:
+        path = lesson.stub(file)
+        if not path.exists() or path.read_text("utf-8") != stub_of(lesson, file):
+            raise UnsoundLessonError(f"{path} is not what {file} makes; run `make lessons`")
+    path = notebooks.notebook_of(lesson)
+    if not path.exists() or path.read_text("utf-8") != notebooks.notebook_text(lesson):
+        raise UnsoundLessonError(f"{path} is not what lesson.md makes; run `make lessons`")
+    bugs, _ = mutants(lesson)
+    if lesson.tasks and len(bugs) < FEWEST_BUGS:
+        raise UnsoundLessonError(
+            f"lesson {lesson.number} has {len(bugs)} planted bugs; it needs {FEWEST_BUGS}"
+        )
+    for bug in bugs.values():
+        if bug["file"] not in lesson.files:
+            raise UnsoundLessonError(f"{bug['title']!r} is in {bug['file']}, which nobody writes")
+
+
+def check_task_fails_alone(lesson: Lesson, task: Task) -> None:
+    """With this task open and all others done, its tests fail, with its words and no others."""
+    with solution(lesson, open_task=task) as folder:
+        outcome = run_on(lesson, folder, task.number)
+    cases = outcome.outcomes.get(task.number, {})
+    if outcome.broken or not cases:
+        raise UnsoundLessonError(f"task {task.number} has no test that runs: {outcome.broken}")
+    words = [OPEN_TASK.format(number=task.number, name=name) for name in _names(task)]
+    for case, error in cases.items():
+        if error is None:
+            raise UnsoundLessonError(f"{case} passes although task {task.number} is open")
+        if not task.plant and not any(word in error for word in words):
+            raise UnsoundLessonError(f"{case} fails, but not with task {task.number}: {error}")
+
+
+def _names(task: Task) -> list[str]:
+    return [name.partition(" from ")[0] for name in task.empty]
+
+
+def check_stub_fails(lesson: Lesson) -> None:
+    """On the stub as it is handed out every test fails with the words of a task."""
+    with tempfile.TemporaryDirectory() as name:
+        for file in lesson.files:
+            (Path(name) / Path(file).name).write_text(stub_of(lesson, file), "utf-8")
+        outcome = run_on(lesson, Path(name))
+    if outcome.broken or not outcome.ended:
+        raise UnsoundLessonError(f"the stub cannot be tested: {outcome.broken}")
+    planted = any(task.plant for task in lesson.tasks)
+    for cases in outcome.outcomes.values():
+        for case, error in cases.items():
+            if error is None or not (f"Task {lesson.number}." in error or planted):
+                raise UnsoundLessonError(f"on the stub {case} says {error!r}, which names no task")
+
+
+def check_passes(lesson: Lesson, change: dict | None = None) -> None:
+    """The reference, or a correct solution of another shape, passes every test."""
+    with solution(lesson, change) as folder:
+        outcome = run_on(lesson, folder)
+    if outcome.broken or not outcome.ended:
+        raise UnsoundLessonError(f"the tests did not run: {outcome.broken}")
+    for cases in outcome.outcomes.values():
+        for case, error in cases.items():
+            if error is not None:
+                raise UnsoundLessonError(f"{case} fails on a correct solution: {error}")
+
+
+def check_bug_is_caught(lesson: Lesson, bug: dict) -> None:
+    """The tests fail on this bug, and do not merely break."""
+    with solution(lesson, bug) as folder:
+        outcome = run_on(lesson, folder, None, "-x")
+    errors = [
+        error
+        for cases in outcome.outcomes.values()
+        for error in cases.values()
+        if error not in (None, "was not run", "was skipped")
+    ]
+    if outcome.broken or not errors:
+        raise UnsoundLessonError(f"{bug['title']!r} is not caught: {outcome.broken}")
+
+
+def all_checks(lesson: Lesson) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every check of a lesson: what it shows, and the function that raises where it does not."""
+    yield "stub and notebook are up to date", lambda: check_generated(lesson)
+    if not lesson.tasks:
+        return
+    bugs, variants = mutants(lesson)
+    yield "the reference passes", lambda: check_passes(lesson)
+    yield "the stub names its tasks", lambda: check_stub_fails(lesson)
+    for task in lesson.tasks:
+        yield f"task {task.number} alone", lambda task=task: check_task_fails_alone(lesson, task)
+    for name, variant in variants.items():
+        yield f"passes: {name}", lambda variant=variant: check_passes(lesson, variant)
+    for name, bug in bugs.items():
+        yield f"caught: {name}", lambda bug=bug: check_bug_is_caught(lesson, bug)
