@@ -12,17 +12,15 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+import quick_kernels
 import test_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils import cpp_extension
 
-from minipaged.attention import build
 from minipaged.memory.block_table import BlockCopy
 
 if sys.version_info >= (3, 11):
@@ -107,40 +105,14 @@ def check_kernel(name):
         check()
 
 
-@pytest.fixture(scope="session")
-def binding(tmp_path_factory):
-    """The binding, which has no bugs planted, compiled once for all kernels that have."""
-    target = tmp_path_factory.mktemp("binding") / "binding.o"
-    compile_cpp("-DTORCH_EXTENSION_NAME=planted", "-c", build.SOURCES / "binding.cpp", "-o", target)
-    return target
-
-
-def compile_cpp(*arguments):
-    """Run the compiler with the flags of the emulated kernels."""
-    folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
-    options = ["-std=c++20", "-fPIC", *build.EMULATED_FLAGS, *(f"-isystem{f}" for f in folders)]
-    compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, *options, *map(str, arguments)], check=True, timeout=200)
-
-
-def compile_kernels(sources, binding, dtypes, head_sizes):
-    """What build.emulated_kernels makes of these sources, but for the binding."""
-    library = sources / "planted.so"
-    kernels = [*build.instances(dtypes, head_sizes), "-x", "c++", sources / "paged_attention.cu"]
-    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    compile_cpp("-shared", *undefined, *kernels, "-x", "none", binding, "-o", library)
-    # pybind11 knows modules by their full name, so that each bug is given a package of its own.
-    return build.import_library(f"{sources.parent.name}.planted", library)
-
-
 @pytest.mark.parametrize("name", [name for name in BUGS if "kernel" in BUGS[name]])
-def test_a_planted_bug_of_a_kernel_is_reported(name, tmp_path, monkeypatch, binding):
+def test_a_planted_bug_of_a_kernel_is_reported(name, tmp_path, monkeypatch):
     bug = BUGS[name]
     plant(bug, tmp_path)
     instances = (torch.float64,), test_kernels.EXACT_SIZES
     if bug["kernel"] in ("tensor_cores", "offsets"):
         instances = (torch.bfloat16,), (64,)
-    kernels = compile_kernels(tmp_path / "cuda", binding, *instances)
+    kernels = quick_kernels.compile_kernels(tmp_path / "cuda", *instances)
     for compiled in ("exact_kernels", "typed_kernels"):
         monkeypatch.setattr(test_kernels, compiled, lambda *_: kernels)
     with pytest.raises((RuntimeError, AssertionError), match=bug["report"]):

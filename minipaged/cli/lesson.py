@@ -60,8 +60,8 @@ def start(number: Number) -> None:
         print(f"test     minipaged lesson test {number}")
 
 
-@lesson_app.command()
-def test(
+@lesson_app.command("test")
+def test_lesson(
     number: Annotated[str, typer.Argument(metavar="N or N.M", help="a lesson, or one task of it")],
     options: Annotated[list[str] | None, typer.Argument(help="for pytest, after --")] = None,
 ) -> None:
