@@ -61,9 +61,9 @@ def start(number: Number) -> None:
 
 
 @lesson_app.command("test")
-def test_lesson(
+def run_tests_of(
     number: Annotated[str, typer.Argument(metavar="N or N.M", help="a lesson, or one task of it")],
-    options: Annotated[list[str] | None, typer.Argument(help="for pytest, after --")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="with whole tracebacks")] = False,
 ) -> None:
     """Test your files of a lesson, or of one task; ends with 0 if everything passes."""
     from minipaged.course.lesson import find_lesson, find_task, parse_numbers
@@ -82,7 +82,7 @@ def test_lesson(
         return
     own_files([lesson])  # says so if there are none
     task = number if "." in number else None
-    outcome = run_tests(lesson, task, "-q", *(options or ()))
+    outcome = run_tests(lesson, task, "-q", *(["--tb=long"] if verbose else []))
     progress = Progress.load()
     progress.note(lesson, outcome)
     done = all(outcome.score(lesson).get(n) == lesson.task(n).points for n in tasks)
@@ -134,8 +134,9 @@ def diff(
         typer.confirm("Your lesson is not done, and this shows the solution.  Go on?", abort=True)
     for file, own in files.items():
         other = lesson.stub(file) if stub else ROOT / file
-        lines = [path.read_text("utf-8").splitlines(keepends=True) for path in (other, own)]
-        print("".join(difflib.unified_diff(*lines, str(shown(other)), str(shown(own)))), end="")
+        before, after = (p.read_text("utf-8").splitlines(keepends=True) for p in (other, own))
+        lines = difflib.unified_diff(before, after, str(shown(other)), str(shown(own)))
+        print("".join(lines), end="")
 
 
 @lesson_app.command()

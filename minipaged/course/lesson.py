@@ -180,7 +180,9 @@ def read_lesson(folder: Path) -> Lesson:
 
 def _tasks(lesson: int, entries: list[dict[str, Any]]) -> Iterator[Task]:
     for place, entry in enumerate(entries, start=1):
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
+        }
         task = Task(number=f"{lesson}.{place}", **fields)
         if len(task.hints) != 3:
             raise ValueError(f"task {task.number} has {len(task.hints)} hints; give it 3")

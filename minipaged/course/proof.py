@@ -8,6 +8,7 @@ their sources make.  `minipaged course check N` runs it for whoever writes a les
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -160,15 +161,15 @@ def check_bug_is_caught(lesson: Lesson, bug: dict) -> None:
 
 def all_checks(lesson: Lesson) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every check of a lesson: what it shows, and the function that raises where it does not."""
-    yield "stub and notebook are up to date", lambda: check_generated(lesson)
+    yield "stub and notebook are up to date", functools.partial(check_generated, lesson)
     if not lesson.tasks:
         return
     bugs, variants = mutants(lesson)
-    yield "the reference passes", lambda: check_passes(lesson)
-    yield "the stub names its tasks", lambda: check_stub_fails(lesson)
+    yield "the reference passes", functools.partial(check_passes, lesson)
+    yield "the stub names its tasks", functools.partial(check_stub_fails, lesson)
     for task in lesson.tasks:
-        yield f"task {task.number} alone", lambda task=task: check_task_fails_alone(lesson, task)
+        yield f"task {task.number} alone", functools.partial(check_task_fails_alone, lesson, task)
     for name, variant in variants.items():
-        yield f"passes: {name}", lambda variant=variant: check_passes(lesson, variant)
+        yield f"passes: {name}", functools.partial(check_passes, lesson, variant)
     for name, bug in bugs.items():
-        yield f"caught: {name}", lambda bug=bug: check_bug_is_caught(lesson, bug)
+        yield f"caught: {name}", functools.partial(check_bug_is_caught, lesson, bug)

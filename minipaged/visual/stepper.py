@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,13 +72,13 @@ class Stepper:
         ]
         # "<" cannot stand in a script of a page.
         data = json.dumps({"frames": frames, "columns": self.columns}).replace("<", "\\u003c")
+        parts = {
+            "ID": f"stepper-{uuid.uuid4().hex[:12]}",
+            "CAPTION": html.escape(self.frames[-1].caption),
+            "DATA": data,
+        }
         page = TEMPLATE.read_text("utf-8")
-        text = html.escape(self.frames[-1].caption)
-        return (
-            page.replace("ID", f"stepper-{uuid.uuid4().hex[:12]}", 2)
-            .replace("CAPTION", text)
-            .replace("DATA", data)
-        )
+        return re.sub(r"\b(ID|CAPTION|DATA)\b", lambda match: parts[match[1]], page)
 
 
 def pool_frame(caption: str, pool: BlockAllocator) -> Frame:
