@@ -25,6 +25,14 @@ settings.register_profile(
     report_multiple_bugs=False,
     **{**_common, "print_blob": False},
 )
+# For the grader, which gives a seed: nobody knows the examples before.
+settings.register_profile(
+    "grading",
+    max_examples=100,
+    database=None,
+    report_multiple_bugs=False,
+    **{**_common, "print_blob": False},
+)
 # For planted bugs: it is enough to know that an example fails, not to find the smallest.
 settings.register_profile(
     "planted",

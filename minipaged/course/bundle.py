@@ -1,0 +1,216 @@
+"""Assignments and autograders: the project without the bodies that are asked for.
+
+A bundle is a folder that stands by itself: the package with the graded functions emptied, the
+learner's files in the lessons' folders, the public tests and what they import.  An autograder is
+the same with hidden tests beside it, in the form that Gradescope runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from minipaged.course.lesson import ROOT, Lesson, LessonError
+from minipaged.course.stubs import cuda_body, find_function, open_task
+
+PACKAGE = ("minipaged", "cuda", "pyproject.toml", "conftest.py")
+CONFIGURATION = "grading.json"
+TEXTS = (".py", ".md", ".ipynb", ".toml", ".cuh", ".cu", ".h", ".cpp", ".json", ".txt")
+
+
+def bundle_stub(file: str, lessons: Sequence[Lesson], first: Lesson | None = None) -> str:
+    """A file without what any of these lessons asks for.
+
+    first: the lesson whose words are used where several ask for the same function.
+    """
+    text = (ROOT / file).read_text("utf-8")
+    for lesson in sorted(lessons, key=lambda lesson: lesson is first):
+        for task in lesson.tasks:
+            if task.file == file:
+                text = open_task(text, task)
+    return text
+
+
+def write_bundle(lessons: Sequence[Lesson], folder: Path) -> None:
+    """Fill a folder, which must not exist yet, with an assignment of these lessons."""
+    if folder.exists():
+        raise LessonError(f"{folder} is there already; remove it or choose another place")
+    if empty := [lesson.number for lesson in lessons if not lesson.tasks]:
+        raise LessonError(f"lesson {empty[0]} has no tasks to grade; choose others")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.o", "*.lock")
+    folder.mkdir(parents=True)
+    for name in PACKAGE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    for file in {file for lesson in lessons for file in lesson.files}:
+        (folder / file).write_text(bundle_stub(file, lessons), "utf-8")
+    (folder / "tests").mkdir()
+    for lesson in lessons:
+        own = folder / "lessons" / lesson.name
+        (own / "stubs").mkdir(parents=True)
+        for pattern in ("lesson.*", "test_*.py"):
+            for path in lesson.folder.glob(pattern):
+                shutil.copy(path, own / path.name)
+        for file in lesson.files:
+            stub = bundle_stub(file, lessons, first=lesson)
+            for path in (own / Path(file).name, own / "stubs" / Path(file).name):
+                path.write_text(stub, "utf-8")
+    for path in helpers(lessons):
+        shutil.copy(path, folder / "tests" / path.name)
+    (folder / "README.md").write_text(instructions(lessons), "utf-8")
+    check_bundle(lessons, folder)
+
+
+def helpers(lessons: Sequence[Lesson]) -> list[Path]:
+    """Files of tests/ that the tests of these lessons import, and what those import."""
+    found: dict[Path, None] = {}
+    queue = [path for lesson in lessons for path in lesson.folder.glob("test_*.py")]
+    while queue:
+        text = queue.pop().read_text("utf-8")
+        for name in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE):
+            path = ROOT / "tests" / f"{name}.py"
+            if path.exists() and path not in found:
+                found[path] = None
+                queue.append(path)
+    return list(found)
+
+
+def instructions(lessons: Sequence[Lesson]) -> str:
+    """The README of a bundle."""
+    graded = {file for lesson in lessons for file in lesson.files}
+    given = [n for lesson in lessons for n in lesson.requires]
+    given = sorted(set(given) - {lesson.number for lesson in lessons})
+    lines = ["# Assignment", "", "Complete these files; everything else is given:", ""]
+    for lesson in lessons:
+        for file in lesson.files:
+            points = sum(task.points for task in lesson.tasks if task.file == file)
+            lines.append(
+                f"- `lessons/{lesson.name}/{Path(file).name}` "
+                f"(lesson {lesson.number}, {lesson.title}: {points} points)"
+            )
+    if given:
+        numbers = ", ".join(map(str, given))
+        lines += ["", f"They build on lessons {numbers}, which are complete in `minipaged/`."]
+    if len(graded) < sum(len(lesson.files) for lesson in lessons):
+        lines += ["", "Where two lessons have the same file, take over what you wrote earlier."]
+    names = [str(lesson.number) for lesson in lessons]
+    lines += [
+        "",
+        "```console",
+        '$ pip install --editable ".[test]"',
+        *(f"$ minipaged lesson test {name}" for name in names),
+        f"$ minipaged generate --lessons {','.join(names)} ROMEO:",
+        "```",
+        "",
+        "Read `lesson.ipynb` in the folder of each lesson.  Hand in your files by their names.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def reference_bodies(lesson: Lesson) -> Iterator[tuple[str, str]]:
+    """Each function that a lesson asks for: its name, and its body in the reference as text."""
+    for task in lesson.tasks:
+        text = (ROOT / task.file).read_text("utf-8")
+        for name in task.empty:
+            if task.module is None:
+                name, _, first = name.partition(" from ")
+                start, end = cuda_body(text, name)
+                yield name, text[text.find(first, start, end) if first else start : end]
+                continue
+            body = find_function(ast.parse(text), name).body
+            if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                body = body[1:]
+            lines = text.splitlines(keepends=True)
+            yield name, "".join(lines[body[0].lineno - 1 : body[-1].end_lineno])
+
+
+def squeezed(text: str) -> str:
+    """A text without what may differ between two ways to write the same code."""
+    return re.sub(r"\\n|\s|[\"'\\]", "", text)
+
+
+def check_bundle(lessons: Sequence[Lesson], folder: Path) -> None:
+    """No reference body is anywhere in the bundle.  LessonError names the first that is."""
+    bodies = {
+        f"{name} of lesson {lesson.number}": squeezed(body)
+        for lesson in lessons
+        for name, body in reference_bodies(lesson)
+    }
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix in TEXTS:
+            text = squeezed(path.read_text("utf-8"))
+            for name, body in bodies.items():
+                # One short line may well stand elsewhere, and gives nothing away.
+                if len(body) > 60 and body in text:
+                    raise LessonError(f"{path.relative_to(folder)} has the solution of {name}")
+
+
+SETUP = """\
+#!/usr/bin/env bash
+# Installs what the tests of these lessons import; nothing else is fetched.
+set -euo pipefail
+apt-get update -qq
+apt-get install -y -qq python3 python3-pip python3-venv {packages} >/dev/null
+python3 -m venv /autograder/venv
+/autograder/venv/bin/pip install --quiet {requirements}
+"""
+
+RUN = """\
+#!/usr/bin/env bash
+# Grades what is in /autograder/submission.  The full list of tasks, at zero, is written first.
+cd /autograder/source
+exec env PYTHONPATH=/autograder/source /autograder/venv/bin/python -m minipaged.course.gradescope
+"""
+
+SMALL = ["pytest", "pytest-timeout", "hypothesis", "numpy", "tomli"]
+LARGE = ["torch>=2.6,<2.14", "safetensors", "tokenizers", "jaxtyping", "jinja2", "typer", "rich"]
+
+
+def write_autograder(
+    lessons: Sequence[Lesson], folder: Path, hidden: Path | None = None, hidden_share: float = 0.5
+) -> None:
+    """Fill a folder with what Gradescope wants in the root of its zip."""
+    write_bundle(lessons, folder)
+    if hidden is not None:
+        if not any(hidden.glob("test_*.py")):
+            raise LessonError(f"{hidden} has no test_*.py; hidden tests are written like public")
+        shutil.copytree(hidden, folder / "hidden", ignore=shutil.ignore_patterns("__pycache__"))
+    configuration = {
+        "lessons": [lesson.number for lesson in lessons],
+        "hidden_share": hidden_share if hidden is not None else 0,
+    }
+    (folder / CONFIGURATION).write_text(json.dumps(configuration) + "\n", "utf-8")
+    kernels = any(file.startswith("cuda/") for lesson in lessons for file in lesson.files)
+    requirements = SMALL + (LARGE if needs_torch(lessons) else [])
+    quoted = " ".join(f"'{name}'" for name in requirements)
+    setup = SETUP.format(packages="g++ ninja-build" if kernels else "", requirements=quoted)
+    for name, text in (("setup.sh", setup), ("run_autograder", RUN)):
+        path = folder / name
+        path.write_text(text, "utf-8")
+        path.chmod(0o755)
+
+
+def needs_torch(lessons: Sequence[Lesson]) -> bool:
+    """Whether the tests of these lessons, or what they import, import torch."""
+    import subprocess
+    import sys
+
+    files = [str(path) for lesson in lessons for path in lesson.folder.glob("test_*.py")]
+    code = (
+        "import runpy, sys; sys.path.insert(0, sys.argv[1])\n"
+        "for file in sys.argv[2:]: runpy.run_path(file)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "tests"), *files]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode != 0
+
+
+def make_zip(folder: Path) -> Path:
+    """The folder as a zip beside it, with its contents in the root."""
+    return Path(shutil.make_archive(str(folder), "zip", folder))

@@ -1,0 +1,447 @@
+"""Grades submissions: what counts is decided here, where no learner code ever runs.
+
+The list of tasks, at zero, comes first.  Each lesson of a submission is tested in a process of
+its own (judge.py), and only a result that was expected, from a test that must exist, changes it.
+Learner code shares that process with the tests and could bend them.  So the tests are given names
+drawn for this session, and among them are canaries, tests that must fail under any honest
+conditions: where one passes, nothing that came out of the process is believed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minipaged.course.bundle import CONFIGURATION, write_bundle
+from minipaged.course.lesson import ROOT, Lesson, LessonError, Task
+from minipaged.course.submission import Submission, suspicious
+
+NOBODY = 65534
+
+CANARIES = (
+    "    raise AssertionError('this cannot be')",
+    "    assert sum(range(3)) == 4, 'three numbers add up to three'",
+    "    import pytest\n    with pytest.raises(ValueError):\n        len([])",
+    "    from hypothesis import given, strategies\n"
+    "    @given(n=strategies.integers(0, 5))\n"
+    "    def check(n):\n        assert n < 5, 'a number is too large'\n"
+    "    check()",
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the tests of one lesson of one submission.
+
+    seconds: of a task's tests together, at most; a task may name less for itself.
+    total: seconds of the whole process.
+    memory: bytes.
+    """
+
+    seconds: int = 20
+    total: int = 300
+    memory: int = 8 << 30
+
+
+@dataclass
+class TaskGrade:
+    """What a task of a submission is worth; zero until a test says otherwise.
+
+    cases: every case that there must be, and what it failed with; None for one that passed.
+    hidden: the same of the hidden tests.
+    """
+
+    lesson: Lesson
+    task: Task
+    cases: dict[str, str | None] = field(default_factory=dict)
+    hidden: dict[str, str | None] = field(default_factory=dict)
+
+    def share(self, cases: dict[str, str | None]) -> float:
+        """How much of the points these cases give, 0 to 1."""
+        passed = sum(error is None for error in cases.values())
+        if not cases or (passed < len(cases) and not self.task.by_case):
+            return 0.0
+        return passed / len(cases)
+
+    def points(self, hidden_share: float) -> tuple[float, float]:
+        """Points of the public and of the hidden tests."""
+        weight = hidden_share if self.hidden else 0.0
+        public = self.task.points * (1 - weight) * self.share(self.cases)
+        return round(public, 2), round(self.task.points * weight * self.share(self.hidden), 2)
+
+    @property
+    def feedback(self) -> str:
+        """The first failure of the public tests, as the learner would see it at home."""
+        return next((error for error in self.cases.values() if error), "")
+
+
+@dataclass
+class Grade:
+    """Of one submission.  notes: what an instructor should know, such as signs of tampering."""
+
+    name: str
+    tasks: list[TaskGrade]
+    hidden_share: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        """All points."""
+        return round(sum(sum(grade.points(self.hidden_share)) for grade in self.tasks), 2)
+
+    def failed(self, lesson: Lesson, why: str) -> None:
+        """Nothing of this lesson counts."""
+        self.notes.append(f"lesson {lesson.number}: {why}")
+        for grade in self.tasks:
+            if grade.lesson is lesson:
+                for cases in (grade.cases, grade.hidden):
+                    cases.update(dict.fromkeys(cases, why))
+
+
+class Grader:
+    """One session of grading, with a copy of the bundle and tests under names of its own.
+
+    Use as a context manager.  hidden: a folder with more tests, marked with their tasks.
+    seed: of the examples that Hypothesis draws, the same for all submissions.
+    check_imports: refuse files that import what no solution needs; see submission.py.
+    """
+
+    def __init__(
+        self,
+        lessons: Sequence[Lesson],
+        hidden: Path | None = None,
+        hidden_share: float = 0.5,
+        limits: Limits | None = None,
+        seed: int | None = None,
+        allowed: Sequence[str] = (),
+        check_imports: bool = True,
+    ) -> None:
+        if not 0 <= hidden_share <= 1:
+            raise LessonError(f"hidden_share is {hidden_share}; it must be from 0 to 1")
+        self.lessons = list(lessons)
+        self.limits = limits or Limits()
+        self.hidden_share = hidden_share
+        self.seed = secrets.randbits(32) if seed is None else seed
+        self._allowed, self._check_imports = allowed, check_imports
+        self._hidden = hidden
+        self.names: dict[str, str] = {}  # of a test in this session to its own name
+        self._canaries: set[str] = set()
+        self._lock = threading.Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="minipaged-grading-")
+        self.home = Path(self._folder.name)
+        # Where the solutions could be read from is not among what learner code may open.
+        self.bundle = self.home / "bundle"
+
+    def __enter__(self) -> Grader:
+        self.home.chmod(0o755)
+        if (ROOT / CONFIGURATION).exists():  # this is an autograder: solutions are not in it
+            ignored = shutil.ignore_patterns("__pycache__", "hidden", ".git", "venv")
+            shutil.copytree(ROOT, self.bundle, ignore=ignored)
+        else:
+            write_bundle(self.lessons, self.bundle)
+        for lesson in self.lessons:
+            self._write_tests(lesson)
+        self._expected = {lesson.number: self._expect(lesson) for lesson in self.lessons}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def _tests(self, lesson: Lesson) -> Path:
+        return self.bundle / "graded" / lesson.name
+
+    def _write_tests(self, lesson: Lesson) -> None:
+        """The tests under new names, with canaries among them."""
+        folder = self._tests(lesson)
+        folder.mkdir(parents=True)
+        sources = [(path, "") for path in sorted(lesson.folder.glob("test_*.py"))]
+        if self._hidden is not None:
+            sources += [(path, "hidden_") for path in sorted(self._hidden.glob("test_*.py"))]
+        for path, prefix in sources:
+            text, tasks = self._rename(path.read_text("utf-8"))
+            for number, name in tasks:
+                if number.split(".")[0] == str(lesson.number):
+                    text += self._canary(number, name)
+            (folder / f"test_{prefix}{path.name.removeprefix('test_')}").write_text(text, "utf-8")
+
+    def _rename(self, text: str) -> tuple[str, list[tuple[str, str]]]:
+        """The text with other names for its tests; a task and a test's name for each task."""
+        lines = text.splitlines(keepends=True)
+        tasks: dict[str, str] = {}
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                new = f"{node.name}_{secrets.token_hex(4)}"
+                self.names[new] = node.name
+                line = lines[node.lineno - 1]
+                lines[node.lineno - 1] = line.replace(f"def {node.name}(", f"def {new}(", 1)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign)):
+                for number in re.findall(r"mark\.task\(['\"]([\d.]+)['\"]\)", ast.unparse(node)):
+                    name = node.name if isinstance(node, ast.FunctionDef) else "test_life"
+                    tasks.setdefault(number, name)
+        return "".join(lines), list(tasks.items())
+
+    def _canary(self, number: str, like: str) -> str:
+        """Tests of this task that fail, called like one of its own."""
+        text = ""
+        for body in random.sample(CANARIES, 3):
+            name = f"{like}_{secrets.token_hex(4)}"
+            self._canaries.add(name)
+            text += f'\n\n@pytest.mark.task("{number}")\ndef {name}():\n{body}\n'
+        return text
+
+    def _expect(self, lesson: Lesson) -> dict[str, list[str]]:
+        """Every case of every task, as it is where no learner code runs: on the stub."""
+        with tempfile.TemporaryDirectory(dir=self.home) as scratch:
+            report = Path(scratch) / "report.json"
+            own = self.bundle / "lessons" / lesson.name / "stubs"
+            command = [sys.executable, "-m", "pytest", *self._arguments(lesson, own)]
+            command.append(f"--lesson-report={report}")
+            done = subprocess.run(
+                command,
+                cwd=self.bundle,
+                env=self._environment(Path(scratch)),
+                capture_output=True,
+                text=True,
+            )
+            if not report.exists():
+                raise LessonError(
+                    f"the tests of lesson {lesson.number} do not run: {done.stdout[-2000:]}"
+                    f"{done.stderr[-2000:]}"
+                )
+            outcomes = json.loads(report.read_text("utf-8"))
+        if outcomes["broken"]:
+            raise LessonError(
+                f"tests of lesson {lesson.number} are broken: {outcomes['broken'][0]}"
+            )
+        return {number: list(cases) for number, cases in outcomes["outcomes"].items()}
+
+    def _arguments(self, lesson: Lesson, own: Path) -> list[str]:
+        return [
+            str(self._tests(lesson)),
+            f"--lesson={lesson.number}",
+            f"--own={own}",
+            f"--rootdir={self.bundle}",
+            f"-c={self.bundle / 'pyproject.toml'}",
+            f"--hypothesis-seed={self.seed}",
+            f"--task-seconds={self.limits.seconds}",
+            *("-p", "no:cacheprovider", "-p", "no:xdist", "-q"),
+        ]
+
+    def _environment(self, scratch: Path) -> dict[str, str]:
+        """Nothing of the grader's own but what Python needs."""
+        kept = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CXX", "SYSTEMROOT")
+        return {
+            **{name: os.environ[name] for name in kept if name in os.environ},
+            "PYTHONPATH": str(self.bundle),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HYPOTHESIS_PROFILE": "grading",
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "examples"),
+            "OMP_NUM_THREADS": "1",
+            "MPLBACKEND": "agg",
+            "MPLCONFIGDIR": str(scratch),
+            "TORCH_EXTENSIONS_DIR": str(scratch / "extensions"),
+            "HOME": str(scratch),
+            "TMPDIR": str(scratch),
+        }
+
+    def blank(self, name: str) -> Grade:
+        """The full list of tasks and cases, at zero."""
+        grades = []
+        for lesson in self.lessons:
+            for task in lesson.tasks:
+                grade = TaskGrade(lesson, task)
+                for case in self._expected[lesson.number][task.number]:
+                    if not self._is_canary(case):
+                        cases = grade.hidden if case.startswith("test_hidden_") else grade.cases
+                        cases[case] = "was not run"
+                grades.append(grade)
+        return Grade(name, grades, self.hidden_share)
+
+    def _is_canary(self, case: str) -> bool:
+        return case.partition("::")[2].partition("[")[0] in self._canaries
+
+    def grade(self, path: Path) -> Grade:
+        """Grade one submission, a folder or a zip."""
+        submission = Submission(path)
+        grade = self.blank(submission.name)
+        with tempfile.TemporaryDirectory(dir=self.home) as name:
+            home = Path(name)
+            problems = submission.unpack(self.lessons, home / "own")
+            if submission.problem:
+                grade.notes.append(submission.problem)
+            grade.notes += problems.values()
+            for lesson in self.lessons:
+                self._grade_lesson(lesson, home, grade)
+        return grade
+
+    def _grade_lesson(self, lesson: Lesson, home: Path, grade: Grade) -> None:
+        own = home / "own" / lesson.name
+        if not any(own.iterdir()):
+            return grade.failed(lesson, "none of its files was handed in")
+        refused: dict[str, str] = {}
+        for file in lesson.files:
+            path = own / Path(file).name
+            stub = (self.bundle / "lessons" / lesson.name / "stubs" / path.name).read_text("utf-8")
+            wrong = None
+            if not path.exists():
+                wrong = f"{path.name} was not handed in"
+            elif self._check_imports:
+                wrong = suspicious(path, stub, self._allowed)
+                grade.notes += [f"lesson {lesson.number}: {wrong}"] if wrong else []
+            if wrong:
+                refused[file] = wrong
+                path.write_text(stub, "utf-8")  # the other files may still be right
+        results, broken, ended = self._run(lesson, own, home)
+        passed_canaries = [case for case in results if self._is_canary(case) and not results[case]]
+        expected = {case for cases in self._expected[lesson.number].values() for case in cases}
+        if passed_canaries:
+            return grade.failed(lesson, "a test that must fail has passed: the tests were bent")
+        if unknown := set(results) - expected:
+            return grade.failed(lesson, f"results of tests that do not exist: {sorted(unknown)[0]}")
+        if not ended:
+            said = (home / f"said-{lesson.number}").read_text("utf-8", errors="replace")
+            last = said.strip().rpartition("\n")[2][:200] or "without a word"
+            grade.notes.append(f"lesson {lesson.number}: the tests were cut short: {last}")
+        for task_grade in grade.tasks:
+            if task_grade.lesson is not lesson:
+                continue
+            number = task_grade.task.number
+            canaries = [c for c in self._expected[lesson.number][number] if self._is_canary(c)]
+            for cases in (task_grade.cases, task_grade.hidden):
+                for case in cases:
+                    error = results.get(case, broken or "the tests ended before this one was run")
+                    if error is None and not all(c in results for c in canaries):
+                        error = "the tests of this task ended too early"
+                    cases[case] = refused.get(task_grade.task.file, error)
+
+    def _run(
+        self, lesson: Lesson, own: Path, home: Path
+    ) -> tuple[dict[str, str | None], str, bool]:
+        """Results of the judge: of each case what failed, or None; why the tests could not be
+        imported with the learner's file, if so; and whether the judge came to its end."""
+        scratch = home / f"scratch-{lesson.number}"
+        scratch.mkdir()
+        for path in (home, own.parent, own, *own.iterdir()):
+            path.chmod(0o755)
+        user = unprivileged_user()
+        if user is not None:
+            os.chown(scratch, user, user)
+        key = secrets.token_hex(16)
+        package = [str(self.bundle / name) for name in ("minipaged", "cuda", "tests")]
+        readable = [*package, str(scratch), sys.prefix, sys.base_prefix, str(own)]
+        order = {
+            "key": key,
+            "own": str(own),
+            "arguments": self._arguments(lesson, own),
+            "readable": [os.path.realpath(path) + "/" for path in readable],
+            "seconds": self.limits.total,
+            "memory": self.limits.memory,
+        }
+        read, write = os.pipe()
+        said = home / f"said-{lesson.number}"
+        with (
+            open(read, encoding="utf-8", errors="replace") as results,
+            open(said, "wb") as errors,
+        ):
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "minipaged.course.judge", str(write)],
+                    cwd=self.bundle,
+                    env=self._environment(scratch),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    pass_fds=[write],
+                    start_new_session=True,
+                    user=user,
+                )
+            finally:
+                os.close(write)
+            stop = threading.Timer(self.limits.total, kill_group, [process.pid])
+            stop.start()
+            try:
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps(order).encode() + b"\n")
+                    process.stdin.close()
+                messages = list(_messages(results, key))
+                process.wait()
+            finally:
+                stop.cancel()
+                kill_group(process.pid)  # what it may have left behind
+        return _outcomes(messages)
+
+
+def _messages(lines: Iterator[str] | Any, key: str) -> Iterator[dict[str, Any]]:
+    """What the judge said; lines that do not have its key are nobody's."""
+    for count, line in enumerate(lines):
+        if count > 100_000:
+            return
+        with contextlib.suppress(ValueError):
+            message = json.loads(line)
+            if isinstance(message, dict) and message.pop("key", None) == key:
+                yield message
+
+
+def _outcomes(messages: list[dict[str, Any]]) -> tuple[dict[str, str | None], str, bool]:
+    results: dict[str, str | None] = {}
+    broken, ended = "", False
+    for message in messages:
+        broken = broken or str(message.get("broken", ""))
+        if "case" in message:
+            case = str(message["case"]).rpartition("/")[2]
+            error = None if message["passed"] is True else str(message["text"]) or "failed"
+            # A case that failed once has failed, whatever is said of it later.
+            results[case] = results.get(case) or error
+        ended = ended or "ended" in message
+    return results, broken, ended
+
+
+@functools.cache
+def unprivileged_user() -> int | None:
+    """A user without rights to run learner code as, where this process may choose one."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        command = [sys.executable, "-c", "import pytest"]
+        subprocess.run(command, check=True, user=NOBODY, capture_output=True, cwd="/")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return NOBODY
+
+
+def kill_group(pid: int) -> None:
+    """End a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, 9)
+
+
+def grade_all(grader: Grader, paths: Sequence[Path], jobs: int = 2) -> Iterator[Grade]:
+    """Grade submissions side by side, in their order; one that breaks the grader is noted."""
+
+    def one(path: Path) -> Grade:
+        try:
+            return grader.grade(path)
+        except Exception as error:  # nobody else's grade may be lost
+            grade = grader.blank(path.stem)
+            grade.notes.append(f"could not be graded: {error!r}")
+            return grade
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(one, paths)

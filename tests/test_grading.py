@@ -1,0 +1,364 @@
+"""The grader gives what was earned, and nothing to those who bend the tests instead.
+
+Attacks run with the check of imports switched off, so that what stands behind it is tested; that
+the check alone would have refused them is asserted as well.
+"""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from minipaged.course.bundle import write_autograder, write_bundle
+from minipaged.course.grading import Grader, Limits, grade_all
+from minipaged.course.lesson import ROOT, LessonError, find_lesson
+from minipaged.course.reports import gradescope_results, summary, write_csv
+from minipaged.course.stubs import mutants, plant, stub_of
+from minipaged.course.submission import Submission, suspicious
+
+FILE = "minipaged/memory/block_allocator.py"
+LESSON = find_lesson(3)
+REFERENCE = (ROOT / FILE).read_text("utf-8")
+STUB = stub_of(LESSON, FILE)
+
+HIDDEN = '''
+"""Hidden tests of lesson 3."""
+import pytest
+from minipaged.memory.block_allocator import BlockAllocator
+
+@pytest.mark.task("3.1")
+def test_a_large_pool():
+    pool = BlockAllocator(1000)
+    assert len({pool.allocate() for _ in range(1000)}) == 1000
+'''
+
+
+@pytest.fixture(scope="module")
+def hidden(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hidden")
+    (folder / "test_more.py").write_text(HIDDEN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grader(hidden):
+    limits = Limits(seconds=3, total=40)
+    with Grader([LESSON], hidden, limits=limits, seed=7, check_imports=False) as grader:
+        yield grader
+
+
+def submission(folder, text, name="block_allocator.py"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+def points(grade):
+    return {g.task.number: sum(g.points(grade.hidden_share)) for g in grade.tasks}
+
+
+def test_the_reference_has_all_points(grader, tmp_path):
+    grade = grader.grade(submission(tmp_path / "anna", REFERENCE))
+    assert points(grade) == {"3.1": 20, "3.2": 20, "3.3": 20, "3.4": 40}
+    assert grade.total == 100
+    assert grade.notes == []
+
+
+def test_the_stub_has_none_and_is_told_why(grader, tmp_path):
+    grade = grader.grade(submission(tmp_path / "ben", STUB))
+    assert grade.total == 0
+    assert "Task 3.1: BlockAllocator.allocate is still to be written" in grade.tasks[0].feedback
+
+
+def test_a_mistake_costs_its_task_and_is_shown(grader, tmp_path):
+    bugs, _ = mutants(LESSON)
+    text = plant(REFERENCE, bugs["sharer_not_counted"])
+    grade = grader.grade(submission(tmp_path / "cleo", text))
+    assert points(grade) == {"3.1": 20, "3.2": 20, "3.3": 0, "3.4": 0}
+    assert "pool.share(" in grade.tasks[2].feedback
+
+
+def test_a_property_is_paid_by_the_bugs_it_catches(grader, tmp_path):
+    weak = REFERENCE.replace(
+        'assert count == held, f"block {block}: reference count {count}, in {held} tables"', "pass"
+    )
+    assert weak != REFERENCE
+    grade = grader.grade(submission(tmp_path / "dora", weak))
+    missed = [case for case, error in grade.tasks[3].cases.items() if error]
+    assert len(missed) >= 2
+    assert points(grade)["3.4"] == round(40 * (1 - len(missed) / 10), 2)
+
+
+def test_what_only_hidden_tests_find(grader, tmp_path):
+    text = REFERENCE.replace(
+        "self.check_available(1)\n",
+        "self.check_available(1)\n        assert self.num_blocks < 500\n",
+    )
+    grade = grader.grade(submission(tmp_path / "emil", text))
+    assert points(grade)["3.1"] == 10
+    results = gradescope_results(grade)
+    hidden_test = next(test for test in results["tests"] if "hidden" in test["name"])
+    assert (hidden_test["score"], hidden_test["max_score"]) == (0, 10)
+    assert hidden_test["visibility"] == "after_published"
+    assert "500" not in json.dumps(results), "what a hidden test says is not told"
+    assert sum(test["max_score"] for test in results["tests"]) == 100
+
+
+# Each begins with a stub, in which nothing is solved, and wants points all the same.
+ATTACKS = {
+    "leaves with success": "import os; os._exit(0)",
+    "leaves in the first test": """
+import os
+BlockAllocator.allocate = lambda self: os._exit(0)
+""",
+    "asks pytest to stop": """
+import pytest
+BlockAllocator.allocate = lambda self: pytest.exit("all is well", 0)
+""",
+    "skips every test": """
+import pytest
+for name in ("allocate", "free", "share", "check_integrity", "check_available"):
+    setattr(BlockAllocator, name, lambda *_: pytest.skip("not today"))
+""",
+    "patches pytest's reports": """
+from _pytest.reports import TestReport
+make = TestReport.from_item_and_call
+def passes(item, call):
+    report = make(item, call)
+    report.outcome, report.longrepr = "passed", None
+    return report
+TestReport.from_item_and_call = passes
+""",
+    "patches how tests are called": """
+import _pytest.python
+_pytest.python.Function.runtest = lambda self: None
+""",
+    "patches the plugin of the lessons": """
+import minipaged.course.plugin as plugin
+plugin.LessonRun.pytest_runtest_call = lambda self, item: iter([None])
+plugin.pytest.CallInfo.from_call = classmethod(
+    lambda cls, func, when, reraise=None: cls(None, None, 0, 0, 0, when, _ispytest=True)
+)
+""",
+    "patches assertions away": """
+import _pytest.assertion.rewrite, hypothesis.core, pytest, contextlib, builtins
+class Never(Exception):
+    def __new__(cls, *args): return SystemExit(0)
+builtins.AssertionError = Never
+pytest.raises = lambda *args, **kwargs: contextlib.nullcontext()
+""",
+    "throws the tests away": """
+import sys
+try:
+    raise ValueError
+except ValueError as error:
+    frame = error.__traceback__.tb_frame
+    while frame:
+        for value in list(frame.f_locals.values()):
+            if hasattr(value, "items") and hasattr(value, "testscollected"):
+                BlockAllocator.session = value
+        frame = frame.f_back
+def allocate(self):
+    type(self).session.items.clear()
+BlockAllocator.allocate = allocate
+""",
+    "forges reports without the key": """
+import json, os
+for case in range(100):
+    line = json.dumps({"case": "test_block_allocator.py::test_x", "passed": True, "text": ""})
+    for fd in range(3, 40):
+        try: os.write(fd, line.encode() + b"\\n")
+        except OSError: pass
+os._exit(0)
+""",
+    "steals the key and reports success": """
+import json, os
+def allocate(self):
+    try: raise ValueError
+    except ValueError as error: frame = error.__traceback__.tb_frame
+    sender = items = None
+    while frame:
+        for value in list(frame.f_locals.values()):
+            sender = value if hasattr(value, "_key") and hasattr(value, "_send") else sender
+            items = getattr(value, "items", items) if hasattr(value, "testscollected") else items
+        frame = frame.f_back
+    for item in items:
+        sender._send({"case": item.nodeid, "passed": True, "text": ""})
+    sender._send({"ended": 0})
+    os._exit(0)
+BlockAllocator.allocate = allocate
+""",
+    "imports the reference": f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("solution", {str(ROOT / FILE)!r})
+solution = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(solution)
+BlockAllocator = solution.BlockAllocator
+""",
+    "opens the reference": f"""
+exec(open({str(ROOT / FILE)!r}).read())
+""",
+    "reads the tests": """
+import pathlib, os
+text = "".join(path.read_text() for path in pathlib.Path("graded").rglob("test_*.py"))
+assert "test_a_large_pool" in text
+""",
+    "starts a shell": """
+import subprocess
+subprocess.run(["cp", "-r", "/", "/tmp/loot"])
+""",
+    "starts a thread that waits": """
+import threading, time
+threading.Thread(target=lambda: (time.sleep(1), __import__("os")._exit(0))).start()
+""",
+    "writes a conftest": """
+import pathlib
+pathlib.Path("conftest.py").write_text("def pytest_runtest_call(item): pass")
+""",
+    "loops for ever": """
+def allocate(self):
+    while True: pass
+BlockAllocator.allocate = allocate
+""",
+    "eats the memory": """
+hoard = []
+while True: hoard.append(bytearray(100_000_000))
+""",
+    "equals everything": """
+class Anything(int):
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 0
+for name in ("allocate", "free", "share", "check_integrity", "check_available", "ref_count"):
+    setattr(BlockAllocator, name, lambda *_: Anything())
+""",
+    "raises at import": "raise SystemExit(0)",
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_earns_nothing(grader, tmp_path, name):
+    grade = grader.grade(submission(tmp_path / "mallory", f"{STUB}\n{ATTACKS[name]}"))
+    assert grade.total == 0, f"{points(grade)}, {grade.notes}"
+    assert len(grade.tasks) == 4, "the list of tasks is complete"
+
+
+# What is no trick in its means, but does not work, is left to the tests.
+PLAIN = {"loops for ever", "eats the memory", "raises at import"}
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - PLAIN))
+def test_an_attack_is_refused_at_the_door(tmp_path, name):
+    folder = submission(tmp_path / "mallory", f"{STUB}\n{ATTACKS[name]}")
+    said = suspicious(folder / "block_allocator.py", STUB)
+    assert said is not None
+    assert "which no solution needs" in said or "a solution needs no more" in said
+
+
+@pytest.mark.parametrize("lesson", [LESSON], ids=lambda lesson: lesson.name)
+def test_solutions_are_not_refused(tmp_path, lesson):
+    for change in (None, *mutants(lesson)[1].values()):
+        for file in lesson.files:
+            text = (ROOT / file).read_text("utf-8")
+            text = plant(text, change) if change and change["file"] == file else text
+            folder = submission(tmp_path, text, file.rpartition("/")[2])
+            assert suspicious(folder / file.rpartition("/")[2], stub_of(lesson, file)) is None
+
+
+def test_other_files_of_a_submission_are_left_where_they_are(grader, tmp_path):
+    folder = submission(tmp_path / "oscar", STUB)
+    for name in ("conftest.py", "pytest.py", "sitecustomize.py", "hypothesis.py", "torch.py"):
+        (folder / name).write_text("import os; os._exit(0)")
+    grade = grader.grade(folder)
+    assert grade.total == 0
+    assert "still to be written" in grade.tasks[0].feedback, "the tests ran as ever"
+
+
+def test_a_link_is_no_submission(grader, tmp_path):
+    (tmp_path / "peggy").mkdir()
+    os.symlink(ROOT / FILE, tmp_path / "peggy" / "block_allocator.py")
+    grade = grader.grade(tmp_path / "peggy")
+    assert grade.total == 0
+    assert "is not in the submission" in grade.notes[0]
+
+
+def test_zips_and_folders_in_any_shape(tmp_path):
+    path = tmp_path / "rita.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("__MACOSX/block_allocator.py", "junk")
+        archive.writestr("a/deep/place/block_allocator.py", REFERENCE)
+        archive.writestr("a/lessons/03-block-allocator/stubs/block_allocator.py", STUB)
+    assert Submission(path).find(LESSON, FILE) == REFERENCE.encode()
+    (tmp_path / "sam.zip").write_bytes(b"no zip at all")
+    assert "cannot be read" in Submission(tmp_path / "sam.zip").problem
+    assert Submission(tmp_path / "sam.zip").find(LESSON, FILE) is None
+
+
+def test_a_class_side_by_side(grader, tmp_path):
+    for i, text in enumerate([REFERENCE, STUB, "this is no Python", REFERENCE]):
+        submission(tmp_path / f"student{i}", text)
+    grades = list(grade_all(grader, sorted(tmp_path.iterdir()), jobs=2))
+    assert [grade.total for grade in grades] == [100, 0, 0, 100]
+    assert "your file cannot be imported" in grades[2].tasks[0].feedback
+    assert "invalid syntax" in grades[2].tasks[0].feedback
+    text = summary(grades, grader.names)
+    assert "4 submissions, mean 50.0 of 100 points" in text
+    assert "test_every_block_is_given_out_once" in text
+    write_csv(tmp_path / "points.csv", grades)
+    with open(tmp_path / "points.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["total"] for row in rows] == ["100.0", "0.0", "0.0", "100.0"]
+
+
+def test_a_bundle_has_no_solution_and_works(tmp_path):
+    write_bundle([LESSON], tmp_path / "bundle")
+    own = tmp_path / "bundle" / "lessons" / LESSON.name / "block_allocator.py"
+    assert own.read_text() == STUB
+    assert (tmp_path / "bundle" / FILE).read_text() == STUB
+    assert not (own.parent / "mutants.toml").exists()
+    own.write_text(REFERENCE)
+    done = subprocess.run(
+        [sys.executable, "-m", "minipaged", "lesson", "test", "3"],
+        cwd=tmp_path / "bundle",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "bundle")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with pytest.raises(LessonError, match="is there already"):
+        write_bundle([LESSON], tmp_path / "bundle")
+
+
+def test_a_solution_in_a_bundle_is_noticed(tmp_path, monkeypatch):
+    leak = tmp_path / "leak"
+    shutil.copytree(LESSON.folder, leak / LESSON.name)
+    lines = REFERENCE.splitlines(keepends=True)
+    (leak / LESSON.name / "lesson.md").write_text("".join(lines[70:130]))
+    monkeypatch.setenv("MINIPAGED_LESSONS", str(leak))
+    with pytest.raises(LessonError, match=r"lesson\.md has the solution of BlockAllocator"):
+        write_bundle([find_lesson(3)], tmp_path / "bundle")
+
+
+def test_the_autograder_runs_as_gradescope_runs_it(tmp_path, hidden):
+    folder = tmp_path / "source"
+    write_autograder([LESSON], folder, hidden)
+    assert os.access(folder / "run_autograder", os.X_OK)
+    assert "torch" not in (folder / "setup.sh").read_text(), "lesson 3 needs no torch"
+    results = tmp_path / "results" / "results.json"
+    for text, score in ((REFERENCE, 100), (STUB, 0)):
+        done = subprocess.run(
+            [sys.executable, "-m", "minipaged.course.gradescope", "submission", str(results)],
+            cwd=submission(tmp_path / "submission", text).parent,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        report = json.loads(results.read_text())
+        assert report["score"] == score
+        assert sum(test["max_score"] for test in report["tests"]) == 100
