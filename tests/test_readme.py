@@ -28,9 +28,12 @@ def test_the_commands_exist():
 
     from minipaged.cli import app
 
-    for line in re.findall(r"^\$ minipaged (.*)$", README, re.MULTILINE):
-        words = line.split()
-        command = words[:2] if words[0] == "bench" else words[:1]
+    pages = [README, *(page.read_text("utf-8") for page in (ROOT / "book").glob("*.md"))]
+    commands = re.findall(r"^\$ minipaged (.*)$", "\n".join(pages), re.MULTILINE)
+    assert len(commands) > 20
+    for line in commands:
+        words = line.partition(" #")[0].split()
+        command = words[:2] if words[0] in ("bench", "lesson", "course") else words[:1]
         result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
         assert result.exit_code == 0
         for option in re.findall(r"--[a-z-]+", line):

@@ -72,18 +72,12 @@ class TaskGrade:
     cases: dict[str, str | None] = field(default_factory=dict)
     hidden: dict[str, str | None] = field(default_factory=dict)
 
-    def share(self, cases: dict[str, str | None]) -> float:
-        """How much of the points these cases give, 0 to 1."""
-        passed = sum(error is None for error in cases.values())
-        if not cases or (passed < len(cases) and not self.task.by_case):
-            return 0.0
-        return passed / len(cases)
-
     def points(self, hidden_share: float) -> tuple[float, float]:
         """Points of the public and of the hidden tests."""
         weight = hidden_share if self.hidden else 0.0
-        public = self.task.points * (1 - weight) * self.share(self.cases)
-        return round(public, 2), round(self.task.points * weight * self.share(self.hidden), 2)
+        public = self.task.share(self.cases.values()) * (1 - weight)
+        hidden = self.task.share(self.hidden.values()) * weight
+        return round(self.task.points * public, 2), round(self.task.points * hidden, 2)
 
     @property
     def feedback(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,13 @@ class Task:
         if not self.file.endswith(".py"):
             return None
         return self.file.removesuffix(".py").replace("/", ".")
+
+    def share(self, outcomes: Collection[str | None]) -> float:
+        """How much of the points these cases give, 0 to 1; None is a case that passed."""
+        passed = sum(outcome is None for outcome in outcomes)
+        if not passed or (passed < len(outcomes) and not self.by_case):
+            return 0.0
+        return passed / len(outcomes)
 
 
 @dataclass(frozen=True)

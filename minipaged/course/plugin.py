@@ -206,7 +206,7 @@ class LessonRun:
 
     def score(self, task: Task) -> float:
         """Points of a task: all or none, or by the share of the cases."""
-        return points_of(task, self.outcomes[task.number])
+        return round(task.points * task.share(self.outcomes[task.number].values()), 2)
 
     def pytest_sessionfinish(self) -> None:
         """Write the outcomes where they are wanted."""
@@ -214,14 +214,6 @@ class LessonRun:
         if path is not None:
             report = {"outcomes": self.outcomes, "broken": self.broken}
             path.write_text(json.dumps(report), "utf-8")
-
-
-def points_of(task: Task, outcomes: dict[str, str | None]) -> float:
-    """Points for the outcomes of a task's cases; none where there are no cases."""
-    passed = sum(outcome is None for outcome in outcomes.values())
-    if task.by_case and passed:
-        return round(task.points * passed / len(outcomes), 2)
-    return task.points if outcomes and passed == len(outcomes) else 0
 
 
 def case_name(item: pytest.Item) -> str:

@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from minipaged.course.lesson import ROOT, Lesson, LessonError
-from minipaged.course.plugin import points_of
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class TestOutcome:
     def score(self, lesson: Lesson) -> dict[str, float]:
         """Points of each task that was tested."""
         return {
-            number: 0 if self.broken or not self.ended else points_of(lesson.task(number), cases)
+            number: 0 if self.broken or not self.ended else task.points * task.share(cases.values())
             for number, cases in self.outcomes.items()
+            for task in (lesson.task(number),)
         }
 
 
@@ -60,6 +61,11 @@ def pytest_arguments(
 
 def run_tests(lesson: Lesson, task: str | None = None, *options: str) -> TestOutcome:
     """Test the learner's files of a lesson, printing what pytest prints."""
+    if missing := [name for name in ("pytest", "hypothesis") if find_spec(name) is None]:
+        raise LessonError(
+            f"testing needs {missing[0]}, which is not installed; "
+            "`pip install --editable '.[lessons]'` installs all that the lessons need"
+        )
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", *pytest_arguments(lesson, task, report=report)]
