@@ -1,16 +1,15 @@
 """The tests are worth something: each of these small wrong versions is caught by its theorem's.
 
 A bug is data (planted_bugs/*.toml): the file, the old text and the new, the theorem it breaks
-and the tests that must fail.  Each is planted in a copy of the package, and the tests run there.
+and the tests that must fail.  Each is planted in a copy of its file, which takes the place of the
+package's own while the tests run.
 
 A bug in cuda/ is planted in a copy of the kernels, which are compiled with it and checked as in
 test_kernels.py; its file also says which kernel that is, and in what words it must be reported.
 """
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minipaged.course.proof import run_forked
+from minipaged.course.stubs import plant
 from minipaged.memory.block_table import BlockCopy
 
 if sys.version_info >= (3, 11):
@@ -35,48 +36,21 @@ BUGS = {
 }
 
 
-def plant(bug, directory):
-    """A copy of the package with the bug in it."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
-    for folder in ("minipaged", "cuda"):
-        shutil.copytree(ROOT / folder, directory / folder, ignore=ignored)
-    file = directory / bug["file"]
-    text = file.read_text("utf-8")
-    for edit in bug["edits"]:
-        assert text.count(edit["old"]) == 1, f"{bug['file']} has changed; mend the planted bug"
-        text = text.replace(edit["old"], edit["new"])
-    file.write_text(text, "utf-8")
-
-
-def run_tests(tests, directory):
-    """Run tests of this project on the package in `directory`."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(directory),
-        "HYPOTHESIS_PROFILE": "planted",
-        "HYPOTHESIS_STORAGE_DIRECTORY": str(directory / "examples"),
-        "OMP_NUM_THREADS": "1",
-    }
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=120"]
-    options += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *(str(ROOT / "tests" / t) for t in tests)],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def run_tests(tests, files=None):
+    """Run tests of this project, with other files in the place of some of the package's."""
+    options = ["-x", "--timeout=120", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    return run_forked([*options, *(str(ROOT / "tests" / test) for test in tests)], files)
 
 
 @pytest.mark.parametrize("name", [name for name in BUGS if "tests" in BUGS[name]])
 def test_a_planted_bug_is_caught(name, tmp_path):
     bug = BUGS[name]
-    plant(bug, tmp_path)
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(plant((ROOT / bug["file"]).read_text("utf-8"), bug), "utf-8")
     for test in bug["tests"]:
-        result = run_tests([test], tmp_path)
+        code, said = run_tests([test], {bug["file"]: wrong})
         # Exit code 1: tests ran, and some failed.
-        assert result.returncode == 1, f"{test} did not catch it:\n{result.stdout[-2000:]}"
+        assert code == 1, f"{test} did not catch it:\n{said[-2000:]}"
 
 
 def check_kernel(name):
@@ -108,7 +82,9 @@ def check_kernel(name):
 @pytest.mark.parametrize("name", [name for name in BUGS if "kernel" in BUGS[name]])
 def test_a_planted_bug_of_a_kernel_is_reported(name, tmp_path, monkeypatch):
     bug = BUGS[name]
-    plant(bug, tmp_path)
+    shutil.copytree(ROOT / "cuda", tmp_path / "cuda")
+    wrong = tmp_path / bug["file"]
+    wrong.write_text(plant(wrong.read_text("utf-8"), bug), "utf-8")
     instances = (torch.float64,), test_kernels.EXACT_SIZES
     if bug["kernel"] in ("tensor_cores", "offsets"):
         instances = (torch.bfloat16,), (64,)
@@ -120,10 +96,13 @@ def test_a_planted_bug_of_a_kernel_is_reported(name, tmp_path, monkeypatch):
 
 
 def test_the_same_tests_pass_without_a_bug(tmp_path):
-    plant({"file": "minipaged/__init__.py", "edits": []}, tmp_path)
+    """A file that takes another's place makes no test fail by that alone."""
+    file = "minipaged/memory/block_table.py"
+    same = tmp_path / "same.py"
+    same.write_text((ROOT / file).read_text("utf-8"), "utf-8")
     tests = dict.fromkeys(test for bug in BUGS.values() for test in bug.get("tests", ()))
-    result = run_tests(tests, tmp_path)
-    assert result.returncode == 0, result.stdout[-2000:]
+    code, said = run_tests(tests, {file: same})
+    assert code == 0, said[-2000:]
 
 
 def test_every_bug_says_what_it_breaks():

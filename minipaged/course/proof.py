@@ -19,6 +19,7 @@ from pathlib import Path
 from minipaged.course import notebooks
 from minipaged.course.lesson import Lesson, LessonError, Task
 from minipaged.course.stubs import OPEN_TASK, mutants, stub_of, write_solution
+from minipaged.course.substitution import Files, substitute
 from minipaged.course.testing import TestOutcome, pytest_arguments
 
 FEWEST_BUGS = 6
@@ -32,27 +33,40 @@ class UnsoundLessonError(LessonError):
 def run_on(
     lesson: Lesson, own: Path, task: str | None = None, *options: str, seconds: int = 300
 ) -> TestOutcome:
-    """Test these files.  In a fork of a process that has imported what takes long: a lesson is
-    tested dozens of times."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    """Test these files as somebody's of this lesson."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        arguments = [*pytest_arguments(lesson, task, own, report), "-p", "no:cacheprovider"]
-        arguments += ["-p", "no:xdist", "-q", *options]
-        process = context.Process(target=_run_pytest, args=(arguments, folder))
+        arguments = [*pytest_arguments(lesson, task, own, report), *options]
+        _, said = run_forked(arguments, seconds=seconds)
+        if not report.exists():
+            return TestOutcome({}, [said[-2000:]], ended=False)
+        return TestOutcome(**json.loads(report.read_text("utf-8")))
+
+
+def run_forked(
+    arguments: list[str], files: Files | None = None, seconds: int = 300
+) -> tuple[int | None, str]:
+    """pytest in a fork of a process that has imported what takes long, for it is run often.
+
+    files: what takes the place of files of the package there.
+    Returns its exit code, None if it had to be ended, and what it said.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    arguments = [*arguments, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=_run_pytest, args=(arguments, dict(files or {}), folder))
         process.start()
         process.join(seconds)
         if process.is_alive():
             process.kill()
             process.join()
-        if not report.exists():
-            said = (Path(folder) / "said").read_text("utf-8", errors="replace")
-            return TestOutcome({}, [said[-2000:]], ended=False)
-        return TestOutcome(**json.loads(report.read_text("utf-8")))
+        said = (Path(folder) / "said").read_text("utf-8", errors="replace")
+        code = process.exitcode
+        return (code if code is not None and code >= 0 else None), said
 
 
-def _run_pytest(arguments: list[str], folder: str) -> None:
+def _run_pytest(arguments: list[str], files: Files, folder: str) -> None:
     """In the new process: pytest, with all that it says in a file."""
     said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
@@ -63,6 +77,8 @@ def _run_pytest(arguments: list[str], folder: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if files:
+        substitute(files)
     os._exit(pytest.main(arguments))
 
 
