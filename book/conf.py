@@ -4,6 +4,7 @@ The built pages load nothing from elsewhere.  Formulas become MathML, which brow
 themselves.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import generate
 
 ROOT = Path(__file__).parents[1]
+# On busy cores threads that wait for each other cost more than they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 generate.write_all(ROOT / "book" / "_generated")
 
 project = "minipaged"

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+MOST_BLOCKS = 12  # of a set, before its rest is only counted
+
 
 def block_set(blocks: Any) -> str:
-    """Blocks in order, in braces."""
-    return "{" + ", ".join(map(str, sorted(blocks))) + "}"
+    """Blocks in order, in braces; of many the first, and how many more there are."""
+    shown = [str(block) for block in sorted(blocks)]
+    if len(shown) > MOST_BLOCKS:
+        shown[MOST_BLOCKS - 1 :] = [f"and {len(shown) - MOST_BLOCKS + 1} more"]
+    return "{" + ", ".join(shown) + "}"
 
 
 def pool_state(pool: Any) -> str:
@@ -39,6 +44,7 @@ def manager_state(manager: Any) -> str:
     return "   ".join([*tables, *pools])
 
 
-def name(seq_id: int) -> str:
-    """Sequence 0 is A, 1 is B, as in the paper's figures."""
-    return chr(ord("A") + seq_id) if 0 <= seq_id < 26 else str(seq_id)
+def name(seq_id: Any) -> str:
+    """Sequence 0 is A, 1 is B, as in the paper's figures; what is named already keeps its name."""
+    is_letter = isinstance(seq_id, int) and 0 <= seq_id < 26
+    return chr(ord("A") + seq_id) if is_letter else str(seq_id)

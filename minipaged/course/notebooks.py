@@ -7,6 +7,7 @@ that it changes only where its source does.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def run_notebook(lesson: Lesson, seconds: int = 60) -> Any:
     """
     from nbclient import NotebookClient
 
+    # On busy cores threads that wait for each other cost more than they do.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     notebook = read_source(lesson)
     resources = {"metadata": {"path": str(lesson.folder)}}
     NotebookClient(notebook, timeout=seconds, kernel_name="python3", resources=resources).execute()

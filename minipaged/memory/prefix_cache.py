@@ -36,8 +36,8 @@ class PrefixCache:
     the whole prefix.  It only says where to look: tokens and parent are compared too, so that
     a collision is a miss and never a wrong hit.
 
-    seed: of the hash; None draws one, so that nobody can tell from known hashes, or from the
-        time a request takes, which prefixes others have used.
+    seed: of the hash; None draws one, so that nobody can know hashes before, and prepare
+        prompts that collide.
     """
 
     def __init__(self, block_size: int, seed: int | None = None) -> None:

@@ -1,0 +1,251 @@
+"""Iteration-level scheduling (sections 2.3, 4.5 and 4.6).
+
+Before every step it decides which sequence groups run and how many tokens each of their
+sequences computes.  Running groups come first, in the order of the policy; when no block is
+left, the last of them is preempted, whole.  Waiting groups are admitted in the same order,
+and only into room that is free.  The scheduler asks the block manager for slots; it never
+sees a tensor, and the tokens it hands out are plain numbers.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from minipaged.errors import ConfigurationError, InvalidRequestError
+from minipaged.memory.block_manager import BlockManager
+from minipaged.request.sequence import Sequence, SequenceGroup, SequenceId, Status
+from minipaged.scheduling.chunks import Chunk, Draft, next_chunks
+from minipaged.scheduling.policy import Policy, first_come_first_served
+from minipaged.scheduling.preemption import Preemption
+from minipaged.scheduling.step_plan import ScheduledSequence, StepPlan
+
+
+class Scheduler:
+    """Turns queues of sequence groups into one StepPlan after the other.
+
+    Both queues are in the order of the policy.  A swapped group waits in its place among the
+    others that wait.
+    max_num_seqs: sequences that run at a time.
+    max_num_batched_tokens: tokens that one step computes, at least one for each running
+        sequence.  What is left goes to prompts, so that a long one takes several steps
+        (chunked prefill) and those who decode never wait for it.
+    static_batches: admit nobody until all who run have ended, as was usual before Orca.
+    """
+
+    def __init__(
+        self,
+        manager: BlockManager,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        policy: Policy = first_come_first_served,
+        preemption: Preemption | None = None,
+        static_batches: bool = False,
+    ) -> None:
+        if max_num_seqs < 1:
+            raise ConfigurationError(
+                f"max_num_seqs is {max_num_seqs}; at least 1 sequence has to run"
+            )
+        for name, least, why in (
+            ("max_num_seqs", max_num_seqs, "every running sequence needs one token a step"),
+            ("block_size", manager.block_size, "a chunk of a prompt should fill a block"),
+        ):
+            if max_num_batched_tokens < least:
+                raise ConfigurationError(
+                    f"max_num_batched_tokens is {max_num_batched_tokens}, below {name} {least}; "
+                    f"{why}, so raise the one or lower the other"
+                )
+        self.manager = manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.policy = policy
+        self.preemption = preemption or Preemption()
+        self.static_batches = static_batches
+        self.waiting: list[SequenceGroup] = []
+        self.running: list[SequenceGroup] = []
+
+    @property
+    def num_preemptions(self) -> int:
+        """Groups preempted so far, by recomputation or swapping."""
+        return self.preemption.num_recomputations + self.preemption.num_swaps
+
+    def add(self, group: SequenceGroup, max_tokens_in_cache: int) -> None:
+        """Queue a group whose sequences will hold at most this many tokens each in the cache.
+
+        Refuses, with InvalidRequestError, what could never run (T6).
+        """
+        manager, first = self.manager, group.sequences[0]
+        pool, prompt = manager.device.num_blocks, len(first.token_ids)
+        needed = manager.most_blocks(
+            prompt, max_tokens_in_cache, group.num_seats, self.max_num_batched_tokens
+        )
+        if needed > pool:
+            raise InvalidRequestError(
+                f"request {group.request_id!r} may need {needed} blocks of "
+                f"{manager.block_size} tokens and the whole pool has {pool}; shorten the "
+                "prompt, lower max_tokens, n or the beam width, or raise num_blocks"
+            )
+        if group.num_seats > self.max_num_seqs:
+            raise InvalidRequestError(
+                f"request {group.request_id!r} has {group.num_seats} sequences and "
+                f"max_num_seqs is {self.max_num_seqs}; ask for fewer or raise max_num_seqs"
+            )
+        manager.expect(first.seq_id, prompt, max_tokens_in_cache, group.num_seats)
+        insort(self.waiting, group, key=self.policy)
+
+    @property
+    def _num_sequences(self) -> int:
+        """Sequences that run."""
+        return sum([len(group.sequences) for group in self.running])
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any group still waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step.  The block tables already count the tokens it will compute."""
+        draft = Draft(self.max_num_batched_tokens - self._num_sequences)
+
+        position = 0
+        while position < len(self.running):
+            chunks, num_tokens = next_chunks(self.running[position], draft, self.manager)
+            # n tokens never take more than n blocks, so that mostly there is room.
+            if num_tokens > self.manager.device.num_free and not self._make_room(
+                chunks, position, draft
+            ):
+                break  # the group was the last one left and had to go itself
+            self._take_slots(chunks, draft)
+            position += 1
+
+        # A step that took blocks away from someone has none to give to someone new.
+        if self.waiting and not draft.preempted and not (self.static_batches and self.running):
+            self._admit(draft)
+        return draft.finish()
+
+    def fork(self, group: SequenceGroup, parent_id: SequenceId, child: Sequence) -> None:
+        """Add a child that shares the blocks of a sequence of the group (section 4.4)."""
+        self.manager.fork(parent_id, child.seq_id)
+        group.sequences.append(child)
+
+    def drop(self, group: SequenceGroup, sequence: Sequence) -> None:
+        """Take one sequence out of its group and let go of its blocks."""
+        group.sequences.remove(sequence)
+        self.manager.free(sequence.seq_id)
+
+    def remove(self, group: SequenceGroup) -> None:
+        """Take a finished or aborted group out of its queue and free its blocks."""
+        (self.running if group.status is Status.RUNNING else self.waiting).remove(group)
+        for sequence in group.sequences:
+            self.manager.free(sequence.seq_id)
+        group.status = Status.FINISHED
+
+    def _make_room(self, chunks: list[Chunk], position: int, draft: Draft) -> bool:
+        """Preempt the last groups until the chunks of running group `position` have blocks.
+
+        Returns False if that group itself had to go, which can only be when it is the last.
+        """
+        raise NotImplementedError("Task 7.5: Scheduler._make_room is still to be written")
+
+    def _admit(self, draft: Draft) -> None:
+        """Let waiting groups run, in order, until one does not fit.
+
+        A block stays free for every sequence that runs: whoever takes the last one is preempted
+        as soon as another sequence needs its next, and has run for nothing.
+        """
+        num_seats = sum(group.num_seats for group in self.running)
+        kept_free = self._num_sequences
+        while self.waiting:
+            group = self.waiting[0]
+            num_seats += group.num_seats
+            # Whoever comes in needs one token for each sequence, like those who are in.
+            spare = draft.spare - len(group.sequences)
+            if num_seats > self.max_num_seqs or spare < 0:
+                break
+            if not (self._swap_in(group, draft, kept_free) or self._begin(group, kept_free)):
+                break
+            draft.spare = spare
+            kept_free += len(group.sequences)
+            group.status = Status.RUNNING
+            insort(self.running, self.waiting.pop(0), key=self.policy)
+            self._take_slots(next_chunks(group, draft, self.manager)[0], draft)
+
+    def _swap_in(self, group: SequenceGroup, draft: Draft, kept_free: int) -> bool:
+        """Move a swapped group back if it fits, and so many blocks stay free."""
+        raise NotImplementedError("Task 7.4: Scheduler._swap_in is still to be written")
+
+    def _begin(self, group: SequenceGroup, kept_free: int) -> bool:
+        """Let a group without blocks begin if it fits beside those that stay free.
+
+        It takes its blocks chunk by chunk.
+
+        Cached blocks of its prefix are taken here.
+        """
+        if group.status is not Status.WAITING:
+            return False
+        manager, first = self.manager, group.sequences[0]
+        needed = self._blocks_to_catch_up(group) + kept_free
+        if not manager.has_room_to_begin(first.seq_id, needed):
+            prefix = manager.cached_prefix(first.token_ids)
+            saved = sum(manager.device.ref_count(block) > 0 for block in prefix)
+            if not manager.has_room_to_begin(first.seq_id, needed - saved):
+                return False
+        first.num_computed_tokens = manager.adopt_prefix(
+            first.seq_id, first.token_ids, is_counted=not group.was_recomputed
+        )
+        return True
+
+    def _blocks_to_catch_up(self, group: SequenceGroup) -> int:
+        """Device blocks that suffice for all tokens that a waiting group has."""
+        manager, sequences = self.manager, group.sequences
+        if manager.sliding_window is not None:
+            lengths = (len(sequence.token_ids) for sequence in sequences)
+            budget = self.max_num_batched_tokens
+            return sum(manager.most_blocks_each(length, budget) for length in lengths)
+        swapped = [s for s in sequences if s.seq_id in manager.tables]
+        needed = manager.num_blocks_held(s.seq_id for s in swapped)
+        needed += manager.blocks_needed((s.seq_id, s.num_uncomputed_tokens) for s in swapped)
+        for sequence in sequences:
+            if sequence.seq_id not in manager.tables:
+                _, shared = sequence.resume_from or (None, 0)
+                needed += manager.blocks_for(len(sequence.token_ids)) - manager.blocks_for(shared)
+        return needed
+
+    def _take_slots(self, chunks: list[Chunk], draft: Draft) -> None:
+        """Take the slots for these chunks and add them to the plan."""
+        manager = self.manager
+        for sequence, n in chunks:
+            draft.copies += manager.append(sequence.seq_id, n)
+            start = sequence.num_computed_tokens
+            tokens = sequence.token_ids
+            draft.scheduled.append(
+                ScheduledSequence(
+                    sequence.seq_id,
+                    tuple(tokens[start : start + n]),
+                    start,
+                    tuple(manager.tables[sequence.seq_id].blocks),
+                    start + n == len(tokens),
+                )
+            )
+
+    def check_integrity(self) -> None:
+        """Assert, between two steps, that queues, statuses and block tables agree (T2, T6)."""
+        for queue in (self.running, self.waiting):
+            keys = [self.policy(group) for group in queue]
+            assert keys == sorted(keys), f"served out of order: {queue}"
+        tables = dict(self.manager.tables)
+        for group in (*self.running, *self.waiting):
+            running, swapped = group.status is Status.RUNNING, group.status is Status.SWAPPED
+            assert running == (group in self.running), repr(group)
+            pool = self.manager.host if swapped else self.manager.device
+            for i, sequence in enumerate(group.sequences):
+                table = tables.pop(sequence.seq_id, None)
+                if table is None:  # it waits, for its turn or for its siblings (all or nothing)
+                    assert sequence.num_computed_tokens == 0, repr(group)
+                    assert i > 0 or not (running or swapped), repr(group)
+                    continue
+                assert running or swapped, f"{group} waits and holds {table}"
+                assert table.allocator is pool, f"{group} has {table} in the wrong pool"
+                assert table.num_tokens == sequence.num_computed_tokens, f"{sequence} but {table}"
+        assert not tables, f"blocks held by sequences that nobody serves: {tables}"
+        assert sum(group.num_seats for group in self.running) <= self.max_num_seqs
+        self.manager.check_integrity()

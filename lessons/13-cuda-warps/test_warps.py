@@ -1,0 +1,215 @@
+"""Lesson 13: kernels whose threads work together equal contiguous attention (T8)."""
+
+import ctypes
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import quick_kernels
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import Case, place
+from test_kernels import expected, queries_of
+
+from minipaged.attention import build
+from minipaged.attention.kernels import Launch
+from minipaged.course.narration import story
+from minipaged.course.notation import name
+
+HEAD_SIZES = (6, 16)  # rows of 3 and of 8 chunks: with an idle lane, and without
+WARP = 32
+
+
+@functools.cache
+def compile_once(what):
+    """The kernels or the probe, compiled from a copy; what the compiler says if it cannot."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = Path(folder) / "cuda"
+        shutil.copytree(build.SOURCES, sources)
+        try:
+            return what(sources), ""
+        except RuntimeError as error:
+            lines = str(error).replace(f"{sources}/", "").splitlines()
+            first = next((i for i, line in enumerate(lines) if " error: " in line), 0)
+            return None, "\n".join(lines[first : first + 6])
+
+
+def compiled(what):
+    result, complaint = compile_once(what)
+    if result is None:
+        raise AssertionError(f"your kernels do not compile:\n{complaint}")
+    return result
+
+
+def fail_as_reported(said):
+    """What the emulator said: that a task is open, or that it stopped the kernel."""
+    if "is still to be written" in said:
+        raise NotImplementedError(said[said.index("Task ") :])
+    raise AssertionError(f"the emulator stopped the kernel:\n{said}")
+
+
+def kernels(sources):
+    return quick_kernels.compile_kernels(sources, (torch.float64,), HEAD_SIZES)
+
+
+class Emulator:
+    """The functions of the compiled kernels; a report of the emulator fails the test."""
+
+    def __getattr__(self, function):
+        def call(*arguments):
+            try:
+                return getattr(compiled(kernels), function)(*arguments)
+            except RuntimeError as error:
+                said = str(error)
+            return fail_as_reported(said)
+
+        return call
+
+
+KERNELS = Emulator()
+
+
+def check_decoding(case, version, larger=1.0):
+    """A decoding kernel equals contiguous attention."""
+    torch.manual_seed(case.seed)
+    batch, cache, kv = place(case)
+    query = queries_of(case) * larger
+    story.begin()
+    story.tell(f"block_size, head_size = {case.block_size}, {case.head_dim}")
+    story.tell(f"heads, kv_heads = {case.kv_heads * case.group}, {case.kv_heads}")
+    for seq, context in enumerate(case.contexts):
+        table = batch.block_tables[seq][: -(-context // case.block_size)].tolist()
+        story.tell(f"# table {name(seq)}: {table}   {context} tokens")
+    story.tell(f"{version}(queries{'' if larger == 1 else f' * {larger:g}'}, cache, tables)")
+    KERNELS.seed_emulator(case.seed)
+    output = torch.full(query.shape, float("nan"), dtype=torch.float64)
+    seqs = np.arange(batch.num_seqs)
+    launch = Launch.of_batch(batch, seqs, version, torch.device("cpu"), splits=1)
+    launch.run(KERNELS, output, query, cache.keys[0], cache.values[0])
+    wanted = expected(case, query, kv)
+    close = torch.isclose(output, wanted, rtol=1e-9, atol=1e-11)
+    for seq, head, element in (~close).nonzero().tolist()[:1]:
+        got, right = output[seq, head, element].item(), wanted[seq, head, element].item()
+        why = ": not written, or computed from a slot that nobody wrote" if got != got else ""
+        raise AssertionError(
+            f"output[{element}] of head {head} of sequence {name(seq)} "
+            f"is {got:.5g}{why}; it must be {right:.5g}"
+        )
+
+
+@st.composite
+def decoding_cases(draw, most=60):
+    contexts = draw(st.lists(st.integers(1, most), min_size=1, max_size=2))
+    return Case(
+        block_size=draw(st.sampled_from([1, 2, 3, 4, 16])),
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 2)),
+        head_dim=draw(st.sampled_from(HEAD_SIZES)),
+        sequences=tuple((context, 1) for context in contexts),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+large_scores = st.sampled_from([1.0, 1.0, 300.0])
+
+
+@pytest.mark.task("13.1")
+@given(case=decoding_cases(), larger=large_scores)
+@settings(max_examples=30)
+def test_step2_equals_contiguous_attention(case, larger):
+    check_decoding(case, "step2", larger)
+
+
+@pytest.mark.task("13.1")
+@given(case=decoding_cases(most=300))
+@settings(max_examples=10)
+def test_step2_with_more_tokens_than_threads(case):
+    check_decoding(case, "step2")
+
+
+PROBE = r"""
+#include "numbers.cuh"
+
+__global__ void probe(Global<const double> in, Global<double> out, int low, int high, bool sum) {
+    const double value = in[threadIdx.x];
+    out[threadIdx.x] =
+        sum ? sum_over_lanes(value, low, high) : largest_of_lanes(value, low, high);
+}
+
+extern "C" __attribute__((visibility("default"))) const char* run(double* in, double* out,
+                                                                  int low, int high, bool sum) {
+    static std::string error;
+    error.clear();
+    try {
+        LAUNCH(probe, 1, 64, 0, 0, global_array<const double>(in, 64, "in"),
+               global_array<double>(out, 64, "out"), low, high, sum);
+    } catch (const std::exception& report) {
+        error = report.what();
+    }
+    return error.c_str();
+}
+"""
+
+
+def probe(sources):
+    """A kernel of two warps that calls one of the two functions, and nothing else."""
+    source, library = sources / "probe.cpp", sources / "probe.so"
+    source.write_text(PROBE)
+    quick_kernels.compile_cpp("-shared", source, "-o", library)
+    function = ctypes.CDLL(str(library)).run
+    array = np.ctypeslib.ndpointer(np.float64)
+    function.argtypes = [array, array, ctypes.c_int, ctypes.c_int, ctypes.c_bool]
+    function.restype = ctypes.c_char_p
+    return function
+
+
+powers = st.integers(0, 5).map(lambda bits: 2**bits)
+
+
+@pytest.mark.task("13.2")
+@pytest.mark.parametrize("fold", ["sum_over_lanes", "largest_of_lanes"])
+@given(
+    values=st.lists(st.integers(-9, 9), min_size=2 * WARP, max_size=2 * WARP),
+    bounds=st.tuples(powers, powers).map(sorted),
+)
+@settings(max_examples=60)
+def test_lanes_are_folded(fold, values, bounds):
+    low, high = bounds
+    story.begin()
+    story.tell(f"warp 0: value = {values[:WARP]}")
+    story.tell(f"warp 1: value = {values[WARP:]}")
+    story.tell(f"{fold}(value, {low}, {high})")
+    given_values, got = np.array(values, dtype=float), np.full(2 * WARP, np.nan)
+    report = compiled(probe)(given_values, got, low, high, fold == "sum_over_lanes")
+    if report:
+        fail_as_reported(report.decode())
+    # The bits of a lane's number from `low` up to below `high`.
+    bits = high - low
+    for thread in range(2 * WARP):
+        others = [i for i in range(2 * WARP) if (i ^ thread) & ~bits == 0]
+        parts = given_values[others]
+        wanted = parts.sum() if fold == "sum_over_lanes" else parts.max()
+        if got[thread] != wanted:
+            lanes = [i % WARP for i in others]
+            raise AssertionError(
+                f"lane {thread % WARP} of warp {thread // WARP} has {got[thread]:g}; it must have "
+                f"{wanted:g}, the {fold.partition('_')[0]} of lanes {lanes}"
+            )
+
+
+@pytest.mark.task("13.3")
+@given(case=decoding_cases(), larger=large_scores)
+@settings(max_examples=30)
+def test_step3_equals_contiguous_attention(case, larger):
+    check_decoding(case, "step3", larger)
+
+
+@pytest.mark.task("13.4")
+@given(case=decoding_cases(), larger=large_scores)
+@settings(max_examples=30)
+def test_step5_equals_contiguous_attention(case, larger):
+    check_decoding(case, "step5", larger)

@@ -1,0 +1,247 @@
+"""The engine: requests in, one iteration after the other, text out.
+
+`step` is the whole of it: the scheduler plans, the runner computes, the sampler draws, and
+every request takes its token.  Building an engine from a model is `builder.py`'s work,
+waiting for all requests of a list `llm.py`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Sequenced
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipaged.decoding.stopping import end_tokens
+from minipaged.engine.branching import Branching
+from minipaged.engine.completion import Completion
+from minipaged.engine.model_runner import Runner
+from minipaged.engine.outputs import RequestOutput
+from minipaged.engine.request_state import RequestState
+from minipaged.engine.trace import StepRecord, TableRecord
+from minipaged.errors import InvalidRequestError
+from minipaged.models.detokenizer import IncrementalDetokenizer
+from minipaged.models.tokenizer import Tokenizer
+from minipaged.request.sampling_params import SamplingParams
+from minipaged.request.sequence import RequestId, SequenceGroup, SequenceId
+from minipaged.scheduling.policy import urgent_first
+from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.step_plan import StepPlan
+
+Prompt = str | Sequenced[int]
+
+
+@dataclass
+class Timings:
+    """Seconds spent in each part since the engine started; `model` includes the attention."""
+
+    scheduler: float = 0.0
+    model: float = 0.0
+    sampler: float = 0.0
+    output: float = 0.0
+
+    def add(self, scheduler: float, model: float, sampler: float, output: float) -> None:
+        """Count one more step."""
+        self.scheduler += scheduler
+        self.model += model
+        self.sampler += sampler
+        self.output += output
+
+
+class Engine:
+    """Serves many requests at a time from one model and one pool of blocks.
+
+    Between two steps every invariant holds; `check_integrity` asserts them.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        vocab_size: int,
+        context_length: int,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+        seed: int = 0,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.eos_token_ids = eos_token_ids
+        self.seed = seed
+        self.timings = Timings()
+        self.observers: list[Callable[[StepRecord], None]] = []
+        self.num_steps = 0
+        self._num_requests = 0
+        self._requests: dict[RequestId, RequestState] = {}
+        self._branching = Branching(scheduler, seed)
+
+    def add_request(
+        self,
+        request_id: RequestId,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queue a prompt, given as text or as token ids.
+
+        priority: 0 is the most urgent; others need the scheduling policy "priority".
+        Raises InvalidRequestError, with nothing changed, if it can never be served.
+        """
+        if request_id in self._requests:
+            raise InvalidRequestError(
+                f"request id {request_id!r} is in use; choose another or abort that one first"
+            )
+        params = params or SamplingParams()
+        self._check_priority(priority)
+        if params.use_beam_search and params.width > self.vocab_size:
+            raise InvalidRequestError(
+                f"the beam width is {params.width} and the vocabulary has {self.vocab_size} tokens "
+                "for the first step to choose from; lower best_of or n"
+            )
+        token_ids = self._tokens(prompt, params)
+        max_tokens = self._max_tokens(len(token_ids), params)
+        arrival = self._num_requests
+        sequence = self._branching.first_sequence(token_ids, params, arrival)
+        group = SequenceGroup(request_id, [sequence], params, arrival, priority)
+        # The last token is never computed, so it needs no slot.
+        self.scheduler.add(group, len(token_ids) + max_tokens - 1)
+        self._num_requests += 1
+        detokenizer = None
+        if self.tokenizer is not None:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer, params.skip_special_tokens, token_ids
+            )
+        ends = end_tokens(params, self.eos_token_ids)
+        first = Completion(sequence, params, ends, max_tokens, detokenizer)
+        state = RequestState(group, prompt if isinstance(prompt, str) else None, first)
+        self._requests[request_id] = state
+        self._branching.owners[sequence.seq_id] = state
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether another step has anything to do."""
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[RequestOutput]:
+        """Run one iteration; returns the requests that got a token, as they stand now."""
+        raise NotImplementedError("Task 15.5: Engine.step is still to be written")
+
+    def abort(self, request_id: RequestId) -> RequestOutput | None:
+        """End a request at once and free its blocks; None if there is no such request."""
+        raise NotImplementedError("Task 15.5: Engine.abort is still to be written")
+
+    def check_integrity(self) -> None:
+        """Assert, between two steps, that queues, tables and reference counts agree."""
+        self.scheduler.check_integrity()
+        queued = [*self.scheduler.running, *self.scheduler.waiting]
+        assert {group.request_id for group in queued} == self._requests.keys()
+        alive = {sequence.seq_id for group in queued for sequence in group.sequences}
+        assert alive == self._branching.owners.keys()
+
+    def _tokens(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The prompt's token ids, checked against the model's vocabulary and context."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError(
+                    "the model has no tokenizer, so the prompt must be a list of token ids, "
+                    "not text"
+                )
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            token_ids = [int(t) if isinstance(t, np.integer) else t for t in prompt]
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty; give it at least one token")
+        for name, ids in (("prompt", token_ids), ("stop_token_ids", params.stop_token_ids)):
+            for token_id in ids:
+                if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+                    raise InvalidRequestError(
+                        f"token {token_id!r} of {name} is outside the vocabulary; "
+                        f"it must be a whole number from 0 to {self.vocab_size - 1}"
+                    )
+        if len(token_ids) >= self.context_length:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens and the model's context "
+                f"{self.context_length}, one of which the output needs; shorten the prompt"
+            )
+        return token_ids
+
+    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """Output tokens at most: what is asked for, but the context holds no more than it does."""
+        room = self.context_length - num_prompt_tokens
+        if params.max_tokens is not None:
+            return min(params.max_tokens, room)
+        manager = self.scheduler.manager
+        if manager.sliding_window is not None:
+            return room
+        # Without a wish the pool is a limit too.  The full blocks of the prompt are shared.
+        shared = num_prompt_tokens // manager.block_size
+        each = shared + max(0, manager.device.num_blocks - shared) // params.width
+        return max(1, min(room, each * manager.block_size + 1 - num_prompt_tokens))
+
+    def _mark_computed(self, plan: StepPlan) -> list[Completion]:
+        """Count the tokens of a step that is done; returns the outputs that get a token."""
+        raise NotImplementedError("Task 15.5: Engine._mark_computed is still to be written")
+
+    def _check_priority(self, priority: int) -> None:
+        if not isinstance(priority, int) or isinstance(priority, bool) or priority < 0:
+            raise InvalidRequestError(
+                f"priority is {priority!r}; it must be a whole number, and 0 is the most urgent"
+            )
+        if priority > 0 and self.scheduler.policy is not urgent_first:
+            raise InvalidRequestError(
+                f"priority is {priority} and the order of service knows no priorities; "
+                'set the engine\'s policy to "priority" or leave it 0'
+            )
+
+    def _observe(
+        self,
+        plan: StepPlan,
+        seconds: float,
+        states: list[RequestState],
+        new_text: dict[SequenceId, str],
+    ) -> None:
+        branching = self._branching
+        scheduler, manager = self.scheduler, self.scheduler.manager
+        cache = manager.prefix_cache
+        record = StepRecord(
+            step=self.num_steps,
+            seconds=seconds,
+            plan=plan,
+            block_size=manager.block_size,
+            num_blocks=manager.device.num_blocks,
+            tables=tuple(
+                TableRecord(
+                    seq_id,
+                    branching.owners[seq_id].group.request_id,
+                    tuple(table.held_blocks),
+                    table.num_tokens,
+                    table.num_dropped,
+                    table.allocator is manager.host,
+                )
+                for seq_id, table in manager.tables.items()
+            ),
+            running=tuple(group.request_id for group in scheduler.running),
+            waiting=tuple(group.request_id for group in scheduler.waiting),
+            finished={
+                state.group.request_id: state.finish_reason
+                for state in states
+                if state.finish_reason is not None
+            },
+            new_text=new_text,
+            num_preemptions=scheduler.num_preemptions,
+            forks=tuple(branching.forks),
+            num_swaps=scheduler.preemption.num_swaps,
+            num_host_blocks=manager.host.num_blocks,
+            completed=tuple(branching.completed),
+            ended=tuple(branching.ended),
+            cached_blocks=tuple(manager.device.cached_blocks),
+            num_hit_tokens=cache.num_hit_tokens if cache is not None else 0,
+            num_queried_tokens=cache.num_queried_tokens if cache is not None else 0,
+        )
+        for observer in self.observers:
+            observer(record)

@@ -1,0 +1,147 @@
+"""From logits to the next token of each sequence, all sequences of a step at once.
+
+Owns the arithmetic of the sampling parameters, in vLLM's order: penalties, forbidden
+tokens, temperature, min_p, top_k, top_p, then one draw.  The draw inverts the cumulative
+distribution with one number of the sequence's own random stream, so that its tokens do not
+depend on who else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minipaged.request.sampling_params import SamplingParams
+from minipaged.request.sequence import Sequence
+
+
+class Logprob(NamedTuple):
+    """Natural logarithm of a token's probability, and its place from 1 for the likeliest."""
+
+    logprob: float
+    rank: int
+
+
+class SampledToken(NamedTuple):
+    """A drawn token; if asked for, log-probabilities of it and of the likeliest tokens."""
+
+    token_id: int
+    logprobs: dict[int, Logprob] | None = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A sequence whose next token is wanted, and how."""
+
+    sequence: Sequence
+    params: SamplingParams
+    end_token_ids: tuple[int, ...] = ()  # end-of-sequence and stop tokens: not before min_tokens
+
+
+def sample(logits: Float[Tensor, "draws vocab"], draws: list[Draw]) -> list[SampledToken]:
+    """The next token of each sequence from its row of logits.
+
+    Works in float32, or in float64 where the logits are.  The reported log-probabilities are
+    those of the model, before penalties and temperature.
+    """
+    raise NotImplementedError("Task 15.2: sample is still to be written")
+
+
+def token_distribution(
+    logits: Float[Tensor, "draws vocab"], params: list[SamplingParams]
+) -> Float[Tensor, "draws vocab"]:
+    """Probabilities that are drawn from, after temperature, min_p, top_k and top_p."""
+    raise NotImplementedError("Task 15.1: token_distribution is still to be written")
+
+
+def _keep_likeliest(
+    probabilities: Tensor, params: list[SamplingParams], top_p: Tensor
+) -> Float[Tensor, "draws vocab"]:
+    """Zero all but the top_k, then all but the fewest of these that reach top_p."""
+    raise NotImplementedError("Task 15.1: _keep_likeliest is still to be written")
+
+
+def _invert(
+    probabilities: Float[Tensor, "draws vocab"], uniform: Float[Tensor, " draws"]
+) -> Int[Tensor, " draws"]:
+    """The first token whose cumulative probability exceeds the draw; never one of probability 0."""
+    raise NotImplementedError("Task 15.2: _invert is still to be written")
+
+
+def _penalize(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """Repetition, presence and frequency penalties, for the rows that ask for them."""
+    if not any(draw.params.has_penalties for draw in draws):
+        return logits
+    logits = logits.clone()
+    for row, draw in enumerate(draws):
+        if draw.params.has_penalties:
+            params, sequence = draw.params, draw.sequence
+            logits[row] = penalized(
+                logits[row],
+                torch.tensor(sequence.token_ids, device=logits.device),
+                torch.tensor(sequence.output_token_ids, dtype=torch.long, device=logits.device),
+                params,
+            )
+    return logits
+
+
+def penalized(
+    logits: Float[Tensor, " vocab"],
+    token_ids: Int[Tensor, " tokens"],
+    output_token_ids: Int[Tensor, " outputs"],
+    params: SamplingParams,
+) -> Float[Tensor, " vocab"]:
+    """Logits after the penalties for prompt and output tokens (the first for both, CTRL's way)."""
+    seen: Bool[Tensor, " vocab"] = torch.zeros_like(logits, dtype=torch.bool)
+    seen[token_ids] = True
+    weakened = torch.where(
+        logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
+    )
+    logits = torch.where(seen, weakened, logits)
+    counts = torch.bincount(output_token_ids, minlength=len(logits)).to(logits.dtype)
+    logits = logits - params.frequency_penalty * counts
+    return logits - params.presence_penalty * (counts > 0).to(logits.dtype)
+
+
+def _forbid_end_tokens(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """No end token before min_tokens of output."""
+    forbidden = [
+        (row, token_id)
+        for row, draw in enumerate(draws)
+        if draw.sequence.num_output_tokens < draw.params.min_tokens
+        for token_id in draw.end_token_ids
+    ]
+    if forbidden:
+        rows, token_ids = zip(*forbidden, strict=True)
+        logits = logits.clone()
+        logits[list(rows), list(token_ids)] = -math.inf
+    return logits
+
+
+def _report(token_ids: list[int], logits: Tensor, draws: list[Draw]) -> list[SampledToken]:
+    tokens = []
+    for token_id, row, draw in zip(token_ids, logits, draws, strict=True):
+        logprobs, params = None, draw.params
+        if params.logprobs is not None or params.is_ranked:
+            logprobs = token_logprobs(
+                torch.log_softmax(row, dim=-1), token_id, params.logprobs or 0
+            )
+        tokens.append(SampledToken(token_id, logprobs))
+    return tokens
+
+
+def token_logprobs(
+    log_probabilities: Float[Tensor, " vocab"], token_id: int, num_likeliest: int
+) -> dict[int, Logprob]:
+    """Log-probability and rank of a token, and of the likeliest ones."""
+    drawn = log_probabilities[token_id]
+    logprobs = {token_id: Logprob(drawn.item(), int((log_probabilities > drawn).sum()) + 1)}
+    values, ids = log_probabilities.topk(min(num_likeliest, len(log_probabilities)))
+    for place, (value, i) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), start=1):
+        logprobs.setdefault(i, Logprob(value, place))
+    return logprobs
