@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from turned import must_find_one
 
 from minipaged.course.narration import Narrated, story
 from minipaged.course.notation import pool_state
