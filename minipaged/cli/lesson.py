@@ -40,7 +40,7 @@ def list_lessons() -> None:
 @lesson_app.command()
 def start(number: Number) -> None:
     """Make your files of a lesson; what you have already is left as it is."""
-    from minipaged.course.lesson import find_lesson
+    from minipaged.course.lesson import all_lessons, find_lesson
     from minipaged.course.notebooks import notebook_of
     from minipaged.course.progress import Progress
 
@@ -52,8 +52,8 @@ def start(number: Number) -> None:
         else:
             own.write_text(lesson.stub(file).read_text("utf-8"), "utf-8")
             print(f"{shown(own)} is yours to complete")
-    for earlier in map(find_lesson, lesson.requires):
-        if not progress.is_done(earlier):
+    for earlier in all_lessons():  # an assignment may have only some
+        if earlier.number in lesson.requires and not progress.is_done(earlier):
             print(f"it builds on lesson {earlier.number}, {earlier.title}, which is not done yet")
     print(f"read     {shown(notebook_of(lesson))}")
     if lesson.tasks:
