@@ -16,6 +16,7 @@ from pathlib import Path
 
 from minipaged.course.lesson import ROOT, Lesson, LessonError
 from minipaged.course.stubs import cuda_body, find_function, open_task
+from minipaged.course.substitution import ASSIGNMENT
 
 PACKAGE = ("minipaged", "cuda", "pyproject.toml", "conftest.py")
 CONFIGURATION = "grading.json"
@@ -64,6 +65,8 @@ def write_bundle(lessons: Sequence[Lesson], folder: Path) -> None:
     for path in helpers(lessons):
         shutil.copy(path, folder / "tests" / path.name)
     (folder / "README.md").write_text(instructions(lessons), "utf-8")
+    numbers = [lesson.number for lesson in lessons]
+    (folder / ASSIGNMENT).write_text(json.dumps(numbers) + "\n", "utf-8")
     check_bundle(lessons, folder)
 
 
@@ -97,6 +100,8 @@ def instructions(lessons: Sequence[Lesson]) -> str:
     if given:
         numbers = ", ".join(map(str, given))
         lines += ["", f"They build on lessons {numbers}, which are complete in `minipaged/`."]
+    if len(lessons) > 1:
+        lines += ["", "Work through them in this order: later ones run on what you wrote before."]
     if len(graded) < sum(len(lesson.files) for lesson in lessons):
         lines += ["", "Where two lessons have the same file, take over what you wrote earlier."]
     names = [str(lesson.number) for lesson in lessons]

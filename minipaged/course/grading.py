@@ -226,7 +226,15 @@ class Grader:
         return {number: list(cases) for number, cases in outcomes["outcomes"].items()}
 
     def _arguments(self, lesson: Lesson, own: Path) -> list[str]:
+        """For pytest; `own` is the folder of the lesson among those of all, or of its stubs."""
+        others = [
+            f"--also={file}={str(own).replace(lesson.name, other.name)}/{Path(file).name}"
+            for other in self.lessons
+            if other is not lesson
+            for file in other.files
+        ]
         return [
+            *others,
             str(self._tests(lesson)),
             f"--lesson={lesson.number}",
             f"--own={own}",
@@ -280,14 +288,19 @@ class Grader:
             if submission.problem:
                 grade.notes.append(submission.problem)
             grade.notes += problems.values()
+            begun = [x for x in self.lessons if any((home / "own" / x.name).iterdir())]
+            # All are looked at before any is run, since each runs on the others.
+            refused = {lesson.number: self._look_at(lesson, home, grade) for lesson in self.lessons}
             for lesson in self.lessons:
-                self._grade_lesson(lesson, home, grade)
+                if lesson in begun:
+                    self._grade_lesson(lesson, home, grade, refused[lesson.number])
+                else:
+                    grade.failed(lesson, "none of its files was handed in")
         return grade
 
-    def _grade_lesson(self, lesson: Lesson, home: Path, grade: Grade) -> None:
+    def _look_at(self, lesson: Lesson, home: Path, grade: Grade) -> dict[str, str]:
+        """Put the stub in the place of what is missing or refused; returns why, by file."""
         own = home / "own" / lesson.name
-        if not any(own.iterdir()):
-            return grade.failed(lesson, "none of its files was handed in")
         refused: dict[str, str] = {}
         for file in lesson.files:
             path = own / Path(file).name
@@ -301,6 +314,13 @@ class Grader:
             if wrong:
                 refused[file] = wrong
                 path.write_text(stub, "utf-8")  # the other files may still be right
+        return refused
+
+    def _grade_lesson(
+        self, lesson: Lesson, home: Path, grade: Grade, refused: dict[str, str]
+    ) -> None:
+        """Run the tests of one lesson, and believe what can be believed."""
+        own = home / "own" / lesson.name
         results, broken, ended = self._run(lesson, own, home)
         passed_canaries = [case for case in results if self._is_canary(case) and not results[case]]
         expected = {case for cases in self._expected[lesson.number].values() for case in cases}
@@ -331,17 +351,17 @@ class Grader:
         imported with the learner's file, if so; and whether the judge came to its end."""
         scratch = home / f"scratch-{lesson.number}"
         scratch.mkdir()
-        for path in (home, own.parent, own, *own.iterdir()):
+        for path in (home, own.parent, *own.parent.rglob("*")):
             path.chmod(0o755)
         user = unprivileged_user()
         if user is not None:
             os.chown(scratch, user, user)
         key = secrets.token_hex(16)
         package = [str(self.bundle / name) for name in ("minipaged", "cuda", "tests")]
-        readable = [*package, str(scratch), sys.prefix, sys.base_prefix, str(own)]
+        readable = [*package, str(scratch), sys.prefix, sys.base_prefix, str(own.parent)]
         order = {
             "key": key,
-            "own": str(own),
+            "own": str(own.parent),
             "arguments": self._arguments(lesson, own),
             "readable": [os.path.realpath(path) + "/" for path in readable],
             "seconds": self.limits.total,

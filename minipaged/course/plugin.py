@@ -34,6 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--task", metavar="N.M", help="of those, the tests of one task")
     group.addoption("--own", type=Path, metavar="DIR", help="where your files are, if elsewhere")
     group.addoption("--task-seconds", type=int, metavar="S", help="of a test, if less than its own")
+    group.addoption(
+        "--also", action="append", default=[], metavar="FILE=PATH", help="replace this file, too"
+    )
     group.addoption("--lesson-report", type=Path, metavar="FILE", help="write the outcomes there")
 
 
@@ -51,7 +54,8 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
         if options.own is None:
             files = own_files([lesson])
         else:
-            files = {file: options.own / Path(file).name for file in lesson.files}
+            files = {file: Path(path) for file, _, path in (x.partition("=") for x in options.also)}
+            files |= {file: options.own / Path(file).name for file in lesson.files}
             files = {file: path for file, path in files.items() if path.exists()}
         substitute(files)
     except LessonError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from pathlib import Path
 from types import ModuleType
 
 from minipaged.course.lesson import ROOT, Lesson, LessonError, find_lesson
+
+ASSIGNMENT = "assignment.json"
+"""In the root of a bundle: the numbers of its lessons."""
 
 Files = Mapping[str, Path]
 """Files of the package, relative to the project, and what takes their place."""
@@ -89,10 +93,12 @@ def substituted() -> dict[str, Path]:
 def own_files(lessons: Sequence[Lesson]) -> dict[str, Path]:
     """The learner's files of these lessons; where two write the same, the later lesson's.
 
-    LessonError names the first one that is not there.
+    In an assignment those of its other lessons stand in for the package's as well, for there the
+    package has nothing better.  LessonError names the first one that is not there.
     """
     files = {}
-    for lesson in lessons:
+    others = [find_lesson(n) for n in assigned() if n not in {ours.number for ours in lessons}]
+    for lesson in [*others, *lessons]:
         for file in lesson.files:
             path = lesson.own_file(file)
             if not path.exists():
@@ -102,6 +108,12 @@ def own_files(lessons: Sequence[Lesson]) -> dict[str, Path]:
                 )
             files[file] = path
     return files
+
+
+def assigned() -> list[int]:
+    """The lessons of the assignment that this folder is; none in the whole project."""
+    path = ROOT / ASSIGNMENT
+    return list(json.loads(path.read_text("utf-8"))) if path.exists() else []
 
 
 def use(*numbers: int) -> None:
