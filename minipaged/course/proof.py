@@ -23,7 +23,15 @@ from minipaged.course.substitution import Files, substitute
 from minipaged.course.testing import TestOutcome, pytest_arguments
 
 FEWEST_BUGS = 6
-PRELOADED = ["torch", "numpy", "pytest", "hypothesis", "jaxtyping"]
+PLUGINS = ["pytest_timeout", "_hypothesis_pytestplugin"]
+PRELOADED = [
+    "torch",
+    "numpy",
+    "pytest",
+    "hypothesis.strategies",
+    "hypothesis.stateful",
+    "jaxtyping",
+]
 
 
 class UnsoundLessonError(LessonError):
@@ -52,8 +60,10 @@ def run_forked(
     Returns its exit code, None if it had to be ended, and what it said.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    arguments = [*arguments, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    context.set_forkserver_preload([*PRELOADED, *PLUGINS])
+    # Only what is needed: to look for plugins, and for garbage at the end, takes half a second.
+    plugins = [*PLUGINS, "no:cacheprovider", "no:unraisableexception", "no:threadexception"]
+    arguments = [*arguments, "-q", *(part for name in plugins for part in ("-p", name))]
     with tempfile.TemporaryDirectory() as folder:
         process = context.Process(target=_run_pytest, args=(arguments, dict(files or {}), folder))
         process.start()
@@ -71,6 +81,7 @@ def _run_pytest(arguments: list[str], files: Files, folder: str) -> None:
     said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["HYPOTHESIS_PROFILE"] = "planted"
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/examples"
     import pytest
