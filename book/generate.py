@@ -66,7 +66,7 @@ def paper_map() -> str:
         lines += [f"**{entry['place']}** {entry['says']}", ""]
         parts = []
         if entry.get("code"):
-            parts.append("code " + ", ".join(f"`{short(name)}`" for name in entry["code"]))
+            parts.append("code " + ", ".join(map(linked, entry["code"])))
         if entry.get("lessons"):
             links = [f"[{n}](/lessons/{lessons[n].name}/lesson.md)" for n in entry["lessons"]]
             parts.append("lesson " + ", ".join(links))
@@ -80,6 +80,15 @@ def paper_map() -> str:
         lines += [f": {parts[0]}", *(f"  · {part}" for part in parts[1:]), ""] if parts else []
     text = "\n".join(lines)
     return text.replace("\n: ", "\n  ")
+
+
+def linked(name: str) -> str:
+    """A name in code; one of the package leads to its page of the API."""
+    file, _, _ = name.partition("::")
+    parts = Path(file).with_suffix("").parts
+    if file.endswith(".py") and len(parts) > 2 and parts[1] in ROOMS:
+        return f"[`{short(name)}`](#api-{'-'.join(parts[1:])})"
+    return f"`{short(name)}`"
 
 
 def short(name: str) -> str:
@@ -182,13 +191,14 @@ def registers() -> str:
 def api_page(room: str) -> str:
     """The public names of a room: their signatures, and their docstrings as they stand."""
     lines = [f"# `minipaged.{room}`", "", f"{ROOMS[room].capitalize()}.", ""]
-    for path in sorted((ROOT / "minipaged" / room).glob("*.py")):
+    for path in sorted((ROOT / "minipaged" / room).rglob("*.py")):
         tree = ast.parse(path.read_text("utf-8"))
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         entries = list(public(tree.body))
         if path.stem == "__init__" and not entries:
             continue
-        lines += [f"## `{name.removesuffix('.__init__')}`", ""]
+        target = "-".join(name.split(".")[1:])
+        lines += [f"(api-{target})=", f"## `{name.removesuffix('.__init__')}`", ""]
         lines += described(ast.get_docstring(tree))
         for node in entries:
             lines += [f"### `{node.name}`", "", "```python", signature(node), "```", ""]
