@@ -204,6 +204,20 @@ def test_a_loop_is_ended_and_named():
     assert "came to no end" in errors[1]
 
 
+def test_a_process_that_dies_loses_only_what_was_not_run():
+    dying = {
+        "file": FILE,
+        "title": "dies",
+        "old": '        self._check_used(block, "freed")\n',
+        "new": "        __import__('os')._exit(3)\n",
+    }
+    with solution(LESSON, dying) as own:
+        outcome = run_on(LESSON, own)
+    assert not outcome.ended
+    assert outcome.running.startswith("task 3.2: test_a_block_that_is_given_back_is_free")
+    assert outcome.score(LESSON) == {"3.1": 20, "3.2": 0, "3.3": 0, "3.4": 0}
+
+
 def test_a_file_that_is_no_python_is_named(tmp_path):
     for text in ("def broken(:", "raise RuntimeError('at import')"):
         (tmp_path / "block_allocator.py").write_text(text)

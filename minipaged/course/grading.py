@@ -31,6 +31,7 @@ from typing import Any
 from minipaged.course.bundle import CONFIGURATION, write_bundle
 from minipaged.course.lesson import ROOT, Lesson, LessonError, Task
 from minipaged.course.submission import Submission, suspicious
+from minipaged.course.testing import LEAN
 
 NOBODY = 65534
 
@@ -242,7 +243,8 @@ class Grader:
             f"-c={self.bundle / 'pyproject.toml'}",
             f"--hypothesis-seed={self.seed}",
             f"--task-seconds={self.limits.seconds}",
-            *("-p", "no:cacheprovider", "-p", "no:xdist", "-q"),
+            "-q",
+            *LEAN,
         ]
 
     def _environment(self, scratch: Path) -> dict[str, str]:
@@ -252,6 +254,7 @@ class Grader:
             **{name: os.environ[name] for name in kept if name in os.environ},
             "PYTHONPATH": str(self.bundle),
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "HYPOTHESIS_PROFILE": "grading",
             "HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "examples"),
             "OMP_NUM_THREADS": "1",

@@ -127,6 +127,7 @@ class LessonRun:
         task = self._task(item)
         if task.number in self._looping:
             pytest.fail("was not run, because another test of this task came to no end")
+        self._write(running=f"task {task.number}: {item.name}")
         seconds = min(task.seconds, self.config.option.task_seconds or task.seconds)
 
         def ring(*_: Any) -> None:
@@ -214,10 +215,14 @@ class LessonRun:
 
     def pytest_sessionfinish(self) -> None:
         """Write the outcomes where they are wanted."""
+        self._write()
+
+    def _write(self, running: str = "") -> None:
+        """What is known so far; it stays if compiled code brings the process down."""
         path: Path | None = self.config.option.lesson_report
         if path is not None:
             report = {"outcomes": self.outcomes, "broken": self.broken}
-            path.write_text(json.dumps(report), "utf-8")
+            path.write_text(json.dumps({**report, "ended": not running, "running": running}))
 
 
 def case_name(item: pytest.Item) -> str:

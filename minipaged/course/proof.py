@@ -20,10 +20,9 @@ from minipaged.course import notebooks
 from minipaged.course.lesson import Lesson, LessonError, Task
 from minipaged.course.stubs import OPEN_TASK, mutants, stub_of, write_solution
 from minipaged.course.substitution import Files, substitute
-from minipaged.course.testing import TestOutcome, pytest_arguments
+from minipaged.course.testing import LEAN, PLUGINS, TestOutcome, pytest_arguments
 
 FEWEST_BUGS = 6
-PLUGINS = ["pytest_timeout", "_hypothesis_pytestplugin"]
 PRELOADED = [
     "torch",
     "numpy",
@@ -61,9 +60,7 @@ def run_forked(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, *PLUGINS])
-    # Only what is needed: to look for plugins, and for garbage at the end, takes half a second.
-    plugins = [*PLUGINS, "no:cacheprovider", "no:unraisableexception", "no:threadexception"]
-    arguments = [*arguments, "-q", *(part for name in plugins for part in ("-p", name))]
+    arguments = [*arguments, "-q", *LEAN]
     with tempfile.TemporaryDirectory() as folder:
         process = context.Process(target=_run_pytest, args=(arguments, dict(files or {}), folder))
         process.start()

@@ -15,6 +15,15 @@ from pathlib import Path
 
 from minipaged.course.lesson import ROOT, Lesson, LessonError
 
+PLUGINS = ("pytest_timeout", "_hypothesis_pytestplugin")
+LEAN = [
+    part
+    for name in (*PLUGINS, "no:cacheprovider", "no:unraisableexception", "no:threadexception")
+    for part in ("-p", name)
+]
+"""What to give pytest, with PYTEST_DISABLE_PLUGIN_AUTOLOAD set, where it is started often: to look
+for plugins at the beginning, and for garbage at the end, takes it half a second."""
+
 
 @dataclass(frozen=True)
 class TestOutcome:
@@ -23,6 +32,7 @@ class TestOutcome:
     outcomes: of each task that was tested, each case and what it failed with; None if it passed.
     broken: why test files could not be imported, if so.
     ended: whether the tests came to their end at all.
+    running: the test that ran last.
     """
 
     __test__ = False  # for pytest it is no test
@@ -30,11 +40,12 @@ class TestOutcome:
     outcomes: dict[str, dict[str, str | None]]
     broken: list[str] = field(default_factory=list)
     ended: bool = True
+    running: str = ""
 
     def score(self, lesson: Lesson) -> dict[str, float]:
         """Points of each task that was tested."""
         return {
-            number: 0 if self.broken or not self.ended else task.points * task.share(cases.values())
+            number: 0 if self.broken else task.points * task.share(cases.values())
             for number, cases in self.outcomes.items()
             for task in (lesson.task(number),)
         }
@@ -66,12 +77,20 @@ def run_tests(lesson: Lesson, task: str | None = None, *options: str) -> TestOut
             f"testing needs {missing[0]}, which is not installed; "
             "`pip install --editable '.[lessons]'` installs all that the lessons need"
         )
+    seconds = 60 + sum(task.seconds for task in lesson.tasks)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", *pytest_arguments(lesson, task, report=report)]
-        done = subprocess.run([*command, *options])
+        try:
+            code = subprocess.run([*command, *options], timeout=seconds).returncode
+        except subprocess.TimeoutExpired:  # compiled code cannot be interrupted from within
+            code = None
         if not report.exists():
-            if done.returncode == 4:  # it has said why
+            if code == 4:  # it has said why
                 raise LessonError(f"lesson {lesson.number} could not be tested")
             return TestOutcome({}, ended=False)
-        return TestOutcome(**json.loads(report.read_text("utf-8")))
+        outcome = TestOutcome(**json.loads(report.read_text("utf-8")))
+    if not outcome.ended:
+        why = f"was killed after {seconds} s" if code is None else f"died (exit code {code})"
+        print(f"\nThe process that tested {why}, in {outcome.running}")
+    return outcome
