@@ -31,6 +31,8 @@ def test_every_block_is_given_out_once(num_blocks):
     for n in range(num_blocks):
         block = pool.allocate()
         assert block not in taken, f"block {block} was given out while somebody held it"
+        count = pool._ref_counts[block]
+        assert count == 1, f"block {block} has one holder now, but its count is {count}"
         taken.append(block)
         assert pool.num_free == num_blocks - n - 1, f"after {n + 1} blocks were taken"
     assert sorted(taken) == list(range(num_blocks)), "a pool of n blocks has the blocks 0 .. n - 1"
@@ -41,10 +43,10 @@ def test_an_empty_pool_says_so_and_changes_nothing():
     pool = new_pool(2)
     pool.allocate()
     pool.check_available(1)
-    with pytest.raises(OutOfBlocksError, match="2 blocks are needed and 1 of 2 are free"):
+    with pytest.raises(OutOfBlocksError, match="2 blocks are needed and 1 of 2 are free; ."):
         pool.check_available(2)
     pool.allocate()
-    with pytest.raises(OutOfBlocksError, match="1 blocks are needed and 0 of 2 are free"):
+    with pytest.raises(OutOfBlocksError, match="1 blocks are needed and 0 of 2 are free; ."):
         pool.allocate()
     assert pool.num_free == 0
 
@@ -68,11 +70,16 @@ def test_a_block_that_is_given_back_is_free(num_blocks, choices):
 @pytest.mark.parametrize("block", [0, 1, 7, -1])
 def test_a_block_that_nobody_holds_cannot_be_given_back(block):
     pool = new_pool(2)
-    first = pool.allocate()
-    pool.free(first)
+    pool.allocate(), pool.allocate()
+    pool.free(0)
+    pool.free(1)
+    if block == -1:  # block 1, the last one of the pool, is held: it is not block -1
+        while pool.num_free:
+            pool.allocate()
+    free = pool.num_free
     with pytest.raises(ValueError, match=f"block {block} is freed but not in use"):
         pool.free(block)
-    assert pool.num_free == 2, "a refused call must change nothing"
+    assert pool.num_free == free, "a refused call must change nothing"
 
 
 @pytest.mark.task("3.2")
@@ -108,8 +115,26 @@ def test_a_block_is_free_when_its_last_holder_has_let_go(num_blocks, choices):
         for block in range(num_blocks):
             count = pool.ref_count(block)
             assert count == holds[block], f"block {block} is held {holds[block]} times, not {count}"
+        assert pool.num_free == num_blocks - len(holds), (
+            f"{len(holds)} blocks have a holder left, the others are free: the last `free` of a "
+            "block frees it, and no earlier one"
+        )
         assert pool.num_used == len(holds), "a shared block is one block"
         assert pool.num_used + pool.num_free == num_blocks
+
+
+@pytest.mark.task("3.3")
+def test_only_the_last_goodbye_is_told():
+    freed = []
+    story.begin()
+    pool = BlockAllocator(2, on_free=freed.append)
+    pool = Narrated(pool, "pool", pool_state, "BlockAllocator(2, on_free=freed.append)")
+    block = pool.allocate()
+    pool.share(block)
+    pool.free(block)
+    assert freed == [], "somebody still holds the block, so it did not become free"
+    pool.free(block)
+    assert freed == [block], "on_free is called when the last holder has let go"
 
 
 @pytest.mark.task("3.3")
@@ -141,6 +166,13 @@ class LosesAFreedBlock(BlockAllocator):
     def free(self, block):
         super().free(block)
         self._free.pop(block, None)
+
+
+class NeverLetsGo(BlockAllocator):
+    """Giving a block back does nothing: its count stays, and it is never free again."""
+
+    def free(self, block):
+        pass
 
 
 class ForgetsASharer(BlockAllocator):
@@ -207,6 +239,7 @@ class TakesTheOldestBlock(BlockAllocator):
 WRONG = [
     GivesABlockTwice,
     LosesAFreedBlock,
+    NeverLetsGo,
     ForgetsASharer,
     CountsAHolderTooMany,
     FreesWithTheFirstGoodbye,

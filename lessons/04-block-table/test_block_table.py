@@ -273,6 +273,15 @@ class NamesABlockTwice(BlockTable):
             self.blocks[-1] = self.blocks[0]
 
 
+class ComesBackToItsFirstBlock(BlockTable):
+    """The third logical block lies where the first one does."""
+
+    def append(self, num_new_tokens):
+        super().append(num_new_tokens)
+        if len(self.blocks) == 3:
+            self.blocks[2] = self.blocks[0]
+
+
 class CountsNewTokensTwice(BlockTable):
     """num_tokens says more than there are slots for."""
 
@@ -330,6 +339,7 @@ WRONG = [
     TakesABlockTooLate,
     ReservesAhead,
     NamesABlockTwice,
+    ComesBackToItsFirstBlock,
     CountsNewTokensTwice,
     ForgetsTheOldTokens,
     KeepsItsTokensWhenFreed,

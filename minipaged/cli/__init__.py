@@ -38,5 +38,8 @@ def main() -> None:
     except MinipagedError as error:
         complain(str(error))
         raise SystemExit(2) from None
+    except NotImplementedError as error:  # a task of a lesson that is run on
+        complain(f"{error}; write it, or leave its lesson out of --lessons")
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

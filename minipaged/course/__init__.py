@@ -5,6 +5,6 @@
 
 from __future__ import annotations
 
-from minipaged.course.substitution import use
+from minipaged.course.substitution import use, whose
 
-__all__ = ["use"]
+__all__ = ["use", "whose"]

@@ -110,6 +110,15 @@ def own_files(lessons: Sequence[Lesson]) -> dict[str, Path]:
     return files
 
 
+def whose(thing: object) -> str:
+    """Whether a class, or the class of an object, is the learner's or the reference's."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    path = Path(str(sys.modules[kind.__module__].__file__))
+    if path in [own.resolve() for own in substituted().values()]:
+        return f"yours, from {path.parent.name}/{path.name}"
+    return f"the reference's, from {path.name}"
+
+
 def assigned() -> list[int]:
     """The lessons of the assignment that this folder is; none in the whole project."""
     path = ROOT / ASSIGNMENT

@@ -119,7 +119,7 @@ class BlockTable:
         return self.blocks[logical] * self.block_size + offset
 
     def check_integrity(self) -> None:
-        """Assert that the blocks are just enough, and each is held once by this table."""
+        """Assert that the blocks are just enough, and that none of them stands here twice."""
         assert 0 <= self.num_empty_slots < max(self.block_size, 1), repr(self)
         held = self.held_blocks
         assert len(set(held)) == len(held), f"a block stands twice in {self}"

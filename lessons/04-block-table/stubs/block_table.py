@@ -96,7 +96,7 @@ class BlockTable:
         raise NotImplementedError("Task 4.1: BlockTable.slot is still to be written")
 
     def check_integrity(self) -> None:
-        """Assert that the blocks are just enough, and each is held once by this table."""
+        """Assert that the blocks are just enough, and that none of them stands here twice."""
         raise NotImplementedError("Task 4.5: BlockTable.check_integrity is still to be written")
 
     def must_copy(self, num_new_tokens: int) -> bool:
