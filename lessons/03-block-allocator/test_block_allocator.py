@@ -43,10 +43,10 @@ def test_an_empty_pool_says_so_and_changes_nothing():
     pool = new_pool(2)
     pool.allocate()
     pool.check_available(1)
-    with pytest.raises(OutOfBlocksError, match="2 blocks are needed and 1 of 2 are free; ."):
+    with pytest.raises(OutOfBlocksError, match=r"2 blocks are needed and 1 of 2 are free; ."):
         pool.check_available(2)
     pool.allocate()
-    with pytest.raises(OutOfBlocksError, match="1 blocks are needed and 0 of 2 are free; ."):
+    with pytest.raises(OutOfBlocksError, match=r"1 blocks are needed and 0 of 2 are free; ."):
         pool.allocate()
     assert pool.num_free == 0
 
