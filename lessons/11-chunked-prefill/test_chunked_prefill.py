@@ -570,6 +570,11 @@ def test_apart_no_pass_has_prompts_and_others(items, swap_out, swap_in, copied):
     assert done == wanted, f"the passes with tokens must do {wanted}: tokens, contexts, pairs"
     for work in result:
         assert work.tokens or work.moved_blocks, "a pass with nothing to do would read all weights"
+        if decoding and (work.tokens, work.context_tokens, work.pairs) == work_of(prompts):
+            moved = work.copied_blocks + work.moved_blocks
+            assert not moved, (
+                f"the prompts' pass moves {moved} blocks; that is done with the others"
+            )
 
 
 @pytest.mark.task("11.4")

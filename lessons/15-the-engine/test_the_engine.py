@@ -243,6 +243,21 @@ def test_temperature_0_takes_the_likeliest(rows):
 
 
 @pytest.mark.task("15.2")
+def test_logits_of_16_bits_are_made_32_first():
+    rows = [[3.0, 2.5, -1.0, 0.5], [0.0, 0.25, 0.125, 7.0]]  # exact in bfloat16
+    story.begin()
+    story.tell(f"sample(torch.tensor({rows}, dtype=torch.bfloat16), ...)")
+    params = [SamplingParams(temperature=0, logprobs=0)] * len(rows)
+    for row, token in zip(
+        rows, sample(torch.tensor(rows, dtype=torch.bfloat16), draws_of(params)), strict=True
+    ):
+        got, expected = token.logprobs[token.token_id].logprob, math.log(max(softmax(row)))
+        assert got == pytest.approx(expected, abs=1e-5), (
+            f"the log-probability is {expected:.6f}, not {got:.6f}: in 16 bits it is rounded"
+        )
+
+
+@pytest.mark.task("15.2")
 def test_draws_are_as_frequent_as_they_are_probable():
     shares = [0.1, 0.2, 0.3, 0.4]
     story.begin()
@@ -692,6 +707,11 @@ def test_an_observer_sees_the_blocks_of_those_who_end():
     for _ in range(3):
         life.step()
     assert [record.step for record in trace] == [0, 1, 2], "observers are told of every step"
+    for record in trace:
+        assert list(record.new_text) == [0], (
+            f"sequence 0 got a token in step {record.step}, so new_text has its text, even if that "
+            f"is empty; it has {record.new_text}"
+        )
     assert life.engine.num_steps == 3, "num_steps counts the steps that had something to do"
     last = trace.records[-1]
     assert last.finished == {"0": "length"}, "the last record says who ended, and why"
@@ -700,6 +720,38 @@ def test_an_observer_sees_the_blocks_of_those_who_end():
         "observers are called before the blocks of those who ended are let go of, so that they "
         f"can be seen: one table of 5 tokens, not {tokens}"
     )
+
+
+@pytest.mark.task("15.5")
+def test_a_fork_is_told_in_its_own_step_only():
+    life = Life(one_by_one([1, 2, 3], max_tokens=3, n=2, temperature=1.0), "two samples fork once")
+    trace = Trace()
+    life.engine.observers.append(trace)
+    life.add(0)
+    for _ in range(3):
+        life.step()
+    forks = [len(record.forks) for record in trace]
+    assert forks == [1, 0, 0], (
+        f"the samples fork when the prompt is computed and never again; told were {forks} forks: "
+        "what happened in a step is forgotten after it"
+    )
+
+
+@pytest.mark.task("15.5")
+def test_what_was_computed_is_known_to_the_prefix_cache():
+    prompt = (1, 2, 3, 4, 5, 6)
+    requests = tuple(Request(prompt, {"max_tokens": 2, "ignore_eos": True}) for _ in range(2))
+    life = Life(Workload(requests, 2, 12, 8, 8, prefix_caching=True), "twice the same prompt")
+    for number in range(2):
+        life.add(number)
+        while life.engine.has_unfinished_requests:
+            life.step()
+    found = life.engine.scheduler.manager.prefix_cache.num_hit_tokens
+    assert found == 4, (
+        f"the second prompt finds its first two blocks, 4 tokens, and found {found}: "
+        "manager.mark_computed tells what lies in the blocks after every step"
+    )
+    life.check()
 
 
 @pytest.mark.task("15.5")

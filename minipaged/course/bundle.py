@@ -101,7 +101,11 @@ def instructions(lessons: Sequence[Lesson]) -> str:
         numbers = ", ".join(map(str, given))
         lines += ["", f"They build on lessons {numbers}, which are complete in `minipaged/`."]
     if len(lessons) > 1:
-        lines += ["", "Work through them in this order: later ones run on what you wrote before."]
+        lines += [
+            "",
+            "Work through them in this order: later ones run on what you wrote before.  Where a",
+            "test says that a task of another lesson is still to be written, write that one first.",
+        ]
     if len(graded) < sum(len(lesson.files) for lesson in lessons):
         lines += ["", "Where two lessons have the same file, take over what you wrote earlier."]
     names = [str(lesson.number) for lesson in lessons]
