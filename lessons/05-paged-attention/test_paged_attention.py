@@ -263,7 +263,7 @@ def agree(actual, expected, group):
         check(
             torch.allclose(got.double(), want, rtol=1e-9, atol=1e-11),
             f"query head {head}, which reads KV head {head // group}, should get "
-            f"{short(want)}; it gets {short(got)}",
+            f"{short(want)}; it gets {short(got)}, off by {(got.double() - want).abs().max():.1g}",
         )
 
 

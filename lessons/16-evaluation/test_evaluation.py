@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from minipaged.course.narration import story
 from minipaged.course.notation import name
+from minipaged.errors import ConfigurationError
 from minipaged.evaluation import sweep as sweep_module
 from minipaged.evaluation.arrivals import DATASETS, poisson_requests
 from minipaged.evaluation.cost_model import (
@@ -74,6 +75,26 @@ def test_requests_come_at_their_rate_and_without_a_rhythm(rate):
     assert different > 0.99 * len(gaps), (
         f"of {len(gaps)} gaps only {different} are different: they repeat"
     )
+
+
+@pytest.mark.task("16.1")
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
+def test_a_rate_that_cannot_be_is_refused(rate):
+    story.begin()
+    story.tell(f'next(poisson_requests("alpaca", {rate}, 10, {CONTEXT}, 0))')
+    with pytest.raises(ConfigurationError):
+        next(poisson_requests("alpaca", rate, 10.0, CONTEXT, 0))
+
+
+@pytest.mark.task("16.1")
+@given(seed=st.integers(0, 10**6), seconds=st.floats(0.5, 4))
+@settings(max_examples=40)
+def test_none_comes_after_the_end(seed, seconds):
+    story.begin()
+    story.tell(f'list(poisson_requests("alpaca", 3.0, {seconds:g}, {CONTEXT}, {seed}))')
+    late = [r.arrival for r in poisson_requests("alpaca", 3.0, seconds, CONTEXT, seed)]
+    late = [arrival for arrival in late if arrival > seconds]
+    assert not late, f"a request comes after {late[0]:g} s, and the end is at {seconds:g} s"
 
 
 @pytest.mark.task("16.1")

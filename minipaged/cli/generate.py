@@ -16,6 +16,7 @@ from minipaged.cli.options import (
     BlockSizeOption,
     BudgetOption,
     DtypeOption,
+    LessonsOption,
     MaxTokensOption,
     ModelOption,
     NumBlocksOption,
@@ -27,6 +28,7 @@ from minipaged.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    use_lessons,
 )
 from minipaged.errors import InvalidRequestError
 
@@ -69,13 +71,10 @@ def generate(
     swap_gib: SwapOption = None,
     prefix_cache: PrefixOption = False,
     attention: AttentionOption = "auto",
-    lessons: Annotated[
-        str | None, typer.Option(help="run on your own modules of these lessons, as in 3,4,8")
-    ] = None,
+    lessons: LessonsOption = None,
 ) -> None:
     """Complete one or several prompts and show where their blocks lay."""
-    if lessons is not None:
-        _use_lessons(lessons)
+    use_lessons(lessons)
     from minipaged.engine.trace import Trace
     from minipaged.request.sampling_params import SamplingParams
     from minipaged.visual.beam_tree import beam_tree
@@ -226,17 +225,6 @@ def _load(model: str, **options: Any) -> Engine:
 
     show_messages()
     return load_engine(model, EngineOptions(**options))
-
-
-def _use_lessons(numbers: str) -> None:
-    """Put the learner's modules in place before the engine is imported."""
-    from minipaged.course.lesson import find_lesson, parse_numbers
-    from minipaged.course.substitution import own_files, substitute
-
-    files = own_files([find_lesson(number) for number in parse_numbers(numbers)])
-    substitute(files)
-    for file, path in files.items():
-        print(f"minipaged: {file} is yours, {path.parent.name}/{path.name}", file=sys.stderr)
 
 
 def _read_prompts(path: Path | None) -> list[str]:

@@ -87,10 +87,11 @@ def run_tests_of(
     progress.note(lesson, outcome)
     done = all(outcome.score(lesson).get(n) == lesson.task(n).points for n in tasks)
     if done and task is None:
-        print(
-            f"\nAll of lesson {lesson.number}.  Let your code serve text:\n"
-            f"minipaged generate --lessons {lesson.number} ROMEO: JULIET:"
-        )
+        print(f"\nAll of lesson {lesson.number}.  The last cell of its notebook runs on your code")
+        if lesson.run is not None:
+            command, _, options = lesson.run.partition(" ")
+            print("now, and so does:")
+            print(f"minipaged {command} --lessons {lesson.number} {options}")
     raise typer.Exit(0 if done else 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,10 @@ TemperatureOption = Annotated[float, typer.Option(help="0 is greedy")]
 TopKOption = Annotated[int, typer.Option(help="draw among the k likeliest; 0 for all")]
 TopPOption = Annotated[float, typer.Option(help="draw among the likeliest that reach this mass")]
 
+LessonsOption = Annotated[
+    str | None, typer.Option(help="run on your own modules of these lessons, as in 3,4,8")
+]
+
 
 def named_dtype(name: str) -> torch.dtype:
     """A type where there is no model to say which."""
@@ -60,3 +65,16 @@ def at_least_one(name: str, *values: float) -> None:
     for value in values:
         if value < 1:
             raise ConfigurationError(f"{name} is {value:g}; it must be at least 1")
+
+
+def use_lessons(numbers: str | None) -> None:
+    """Put the learner's modules in place before anything that they replace is imported."""
+    if numbers is None:
+        return
+    from minipaged.course.lesson import find_lesson, parse_numbers
+    from minipaged.course.substitution import own_files, substitute
+
+    files = own_files([find_lesson(number) for number in parse_numbers(numbers)])
+    substitute(files)
+    for file, path in files.items():
+        print(f"minipaged: {file} is yours, {path.parent.name}/{path.name}", file=sys.stderr)

@@ -14,9 +14,11 @@ from rich.table import Table
 from minipaged.cli.options import (
     BlockSizeOption,
     JsonOption,
+    LessonsOption,
     PreemptionOption,
     SeedOption,
     at_least_one,
+    use_lessons,
 )
 from minipaged.errors import ConfigurationError
 
@@ -81,8 +83,10 @@ def simulate(
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at a time")] = 256,
     seed: SeedOption = 0,
     json_file: JsonOption = None,
+    lessons: LessonsOption = None,
 ) -> None:
     """Serve requests with the real scheduler on a computed GPU; nothing here is measured."""
+    use_lessons(lessons)
     from typing import get_args
 
     from minipaged.evaluation import report

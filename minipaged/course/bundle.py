@@ -62,6 +62,9 @@ def write_bundle(lessons: Sequence[Lesson], folder: Path) -> None:
             stub = bundle_stub(file, lessons, first=lesson)
             for path in (own / Path(file).name, own / "stubs" / Path(file).name):
                 path.write_text(stub, "utf-8")
+        for link in re.findall(r"\]\(\.\./\.\./([^)]+)\)", (own / "lesson.md").read_text("utf-8")):
+            (folder / link).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / link, folder / link)
     for path in helpers(lessons):
         shutil.copy(path, folder / "tests" / path.name)
     (folder / "README.md").write_text(instructions(lessons), "utf-8")

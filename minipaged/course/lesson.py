@@ -77,6 +77,7 @@ class Lesson:
     requires: earlier lessons, by number, whose modules this one builds on.
     sections: of the paper.
     bugs: planted bugs that the tests of the lesson must catch, by the names of their files.
+    run: a command of `minipaged` that runs on what was written; None where the notebook alone does.
     """
 
     number: int
@@ -87,6 +88,7 @@ class Lesson:
     requires: tuple[int, ...]
     tasks: tuple[Task, ...]
     bugs: tuple[str, ...]
+    run: str | None
 
     @property
     def name(self) -> str:
@@ -179,6 +181,7 @@ def read_lesson(folder: Path) -> Lesson:
             tasks=tasks,
             requires=tuple(fields.pop("requires", ())),
             bugs=tuple(fields.pop("bugs", ())),
+            run=fields.pop("run", None),
             **fields,
         )
     except (OSError, TypeError, ValueError) as error:

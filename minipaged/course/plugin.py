@@ -160,23 +160,27 @@ class LessonRun:
             assert call.excinfo is not None
             outcomes[name] = what_failed(call.excinfo.value)
             if self.config.option.tbstyle == "auto":
-                report.longrepr = self._told(task, call.excinfo)
+                report.longrepr = self._told(item, task, call.excinfo)
         elif report.when == "call":
             outcomes[name] = None if report.passed else "was skipped"
         elif report.when == "setup" and report.skipped:
             outcomes[name] = "was skipped"
         return report
 
-    def _told(self, task: Task, excinfo: pytest.ExceptionInfo[BaseException]) -> str:
+    def _told(
+        self, item: pytest.Item, task: Task, excinfo: pytest.ExceptionInfo[BaseException]
+    ) -> str:
         """What a learner needs to know of a failure."""
         error = excinfo.value
         if isinstance(error, NotImplementedError) or "still to be written" in str(error):
             return what_failed(error)
         lines = [f"Task {task.number}: {task.title}", "", what_failed(error)]
         told = story.text()
+        drawn = hasattr(getattr(item, "obj", None), "hypothesis")
         notes = [note for note in getattr(error, "__notes__", ()) if "reproduce" not in note]
         if told:
-            lines += ["", "The shortest way there that was found:", "", indented(told)]
+            how = "The shortest way there that was found:" if drawn else "What happened:"
+            lines += ["", how, "", indented(told)]
         elif notes:
             lines += ["", "The smallest example that was found:", ""]
             lines += [indented(note) for note in notes]
@@ -237,7 +241,7 @@ def what_failed(error: BaseException) -> str:
         return f"{text}."
     if isinstance(error, (AssertionError, pytest.fail.Exception)):
         said, _, _ = text.partition("\nassert ")  # what follows are values, at any length
-        return said or "the test's assertion does not hold"
+        return said or "an assertion does not hold, and gives no reason"
     if isinstance(error, OutOfBlocksError):
         return f"the pool had no block left, where it should have had some: {text}"
     return f"{type(error).__name__}: {text}"
