@@ -88,8 +88,8 @@ def test_all_continuations_of_all_beams_compete(
     assert torch.equal(logits, given_logits), "the logits belong to the engine; leave them alone"
     for candidate in found:
         assert candidate.cumulative_logprob > -math.inf, (
-            f"token {candidate.token_id} cannot follow: {length} tokens are no more than the "
-            f"min_tokens {min_tokens}"
+            f"token {candidate.token_id} ends an output, and an output of length {length} may not "
+            f"end: min_tokens is {min_tokens}"
         )
     places = [(c.beam, c.token_id) for c in found]
     expected = [(c.beam, c.token_id) for c in every][: len(places)]
@@ -108,6 +108,10 @@ def test_all_continuations_of_all_beams_compete(
     )
     assert search.logprobs.shape == logits.shape, (
         "search.logprobs keeps the log-probabilities of all tokens: the engine reports them"
+    )
+    finest = torch.float64 if dtype == torch.float64 else torch.float32
+    assert search.logprobs.dtype == finest, (
+        f"with logits in {dtype} the search computes in {finest}, not in {search.logprobs.dtype}"
     )
 
 
@@ -169,7 +173,32 @@ def test_the_best_hypotheses_are_kept(width, steps, penalty):
             )
 
 
+@pytest.mark.task("9.2")
+def test_a_score_that_only_equals_the_worst_is_not_kept():
+    search = new_search(2)
+    put(search, length=2)
+    for logprob, expected in ((-2.0, True), (-4.0, True), (-4.0, False), (-3.0, True)):
+        kept = search._keep(Candidate(0, 0, -1.0, logprob))
+        story.tell(f"search._keep(Candidate(0, 0, -1.0, {logprob}))  -> {kept}")
+        assert kept == expected, (
+            f"its score is {logprob / 2}, and the two that are kept are {search.best_scores}: only "
+            "a better one pushes the worst of a full list out"
+        )
+
+
 # 9.3
+
+
+@pytest.mark.task("9.3")
+def test_a_beam_that_can_only_draw_level_is_not_worth_going_on():
+    search = new_search(2, early_stopping=False)
+    put(search, length=4, cumulative_logprobs=[-4.0, -6.0], best_scores=[-0.5, -1.0])
+    over = search._is_over()
+    story.tell(f"search._is_over()  -> {over}")
+    assert over, (
+        "the best running beam scores -4 / 4 = -1, as much as the worst that is kept, which only a "
+        "better one pushes out: so nothing can change any more"
+    )
 
 
 @pytest.mark.task("9.3")
@@ -389,7 +418,8 @@ def test_every_request_gets_what_it_would_get_alone(requests, block_size):
         assert got == alone, f"request {i} gets {got}; searched for alone it is {alone}"
         scores = [output.score for output in outputs[i].outputs]
         assert scores == pytest.approx([score for _, score in expected], abs=1e-9), (
-            f"request {i}: the scores are {[score for _, score in expected]}"
+            f"request {i}: the scores are {scores}, and should be "
+            f"{[score for _, score in expected]}"
         )
 
 

@@ -335,6 +335,27 @@ def test_remembered_blocks_are_given_out_last_and_the_oldest_first(num_blocks, c
 
 
 @pytest.mark.task("10.3")
+def test_of_several_cached_blocks_the_one_let_go_longest_ago_is_given_out():
+    lender = Lender(3)
+    for _ in range(3):
+        lender.allocate()
+    blocks = list(lender.holds)
+    for block in blocks:
+        lender.remember(block)
+    for block in (blocks[1], blocks[2], blocks[0]):
+        lender.free(block)
+        lender.check()
+    lender.share(blocks[1])  # used once more, and let go last
+    lender.free(blocks[1])
+    for expected in (blocks[2], blocks[0], blocks[1]):
+        lender.allocate()
+        assert lender.evicted == [expected], (
+            f"block {expected} was let go longest ago, and on_evict told of {lender.evicted}"
+        )
+        lender.check()
+
+
+@pytest.mark.task("10.3")
 def test_a_cached_block_can_be_shared_again():
     lender = Lender(2)
     lender.allocate()
