@@ -92,7 +92,9 @@ class Family:
             )
             self.copy(*copy)
         else:
-            why = "is not shared" if n and table.num_tokens % self.block_size else "is not written"
+            # The table has its new tokens already.
+            into_last = n and (table.num_tokens - n) % self.block_size
+            why = "is not shared" if into_last else "is not written"
             assert copy is None, f"block {last} {why}, so there is nothing to copy"
         taken = free - self.pool.num_free
         assert taken == needed, f"{n} tokens for {name} take {needed} blocks, not {taken}"
@@ -122,7 +124,9 @@ class Family:
             text = self.texts[name]
             assert table.num_tokens == len(text), f"{name} has {len(text)} tokens"
             size = -(-len(text) // self.block_size)
-            assert len(table.blocks) == size, f"{len(text)} tokens of {name} fill {size} blocks"
+            assert len(table.blocks) == size, (
+                f"{len(text)} tokens of {name} fill {size} blocks, not {len(table.blocks)}"
+            )
             read = [self.memory.get(table.slot(i)) for i in range(len(text))]
             assert read == text, f"{name} wrote {text} and would read {read}"
         for block in range(self.pool.num_blocks):
@@ -382,7 +386,18 @@ def test_every_sample_is_what_it_would_be_alone(requests, block_size):
             )
     left = engine.scheduler.manager.device.num_used
     assert left == 0, f"all requests have ended and {left} blocks are still held"
-    engine.check_integrity()
+
+
+@pytest.mark.task("8.4")
+def test_as_many_are_drawn_as_were_to_be_compared():
+    params = {"n": 1, "best_of": 3, "max_tokens": 3, "temperature": 1.0, "ignore_eos": True}
+    _, _, trace, outputs = serve([Request((1, 2, 3), params)], 2)
+    forks = [len(record.forks) for record in trace]
+    assert forks[0] == 2, (
+        f"the best of 3 is asked for, so 3 are drawn and {forks[0] + 1} were; how many a request "
+        "draws is `params.width`"
+    )
+    assert len(outputs[0].outputs) == 1, "and one of them is returned"
 
 
 @pytest.mark.task("8.4")

@@ -77,10 +77,10 @@ KERNELS = Emulator()
 )
 @settings(max_examples=40)
 def test_tokens_are_written_to_their_slots(kv_heads, block_size, slots, count, padding):
-    slots = [*slots[:count], *[-1] * padding]
+    slots = [*slots[:count], *[-1, -16][:padding]]
     story.begin()
     story.tell(f"block_size, kv_heads, head_size = {block_size}, {kv_heads}, {HEAD_SIZE}")
-    story.tell(f"slots = {slots}", "-1: a row that only fills up the batch")
+    story.tell(f"slots = {slots}", "below 0: a row that only fills up the batch")
     torch.manual_seed(0)
     # Rows are slices of wider rows, as the projection of queries, keys and values leaves them.
     key = torch.randn(len(slots), kv_heads + 2, HEAD_SIZE, dtype=torch.float64)[:, 2:]
@@ -179,7 +179,9 @@ def check_decoding(case, version, larger=1.0):
     """A decoding kernel equals contiguous attention, for sequences with one new token."""
     torch.manual_seed(case.seed)
     batch, cache, kv = place(case)
-    query = queries_of(case) * larger
+    query = queries_of(case) * abs(larger)
+    if larger < 0:
+        query, kv = quick_kernels.sink_scores(query, cache, kv)
     story.begin()
     heads = case.kv_heads * case.group
     story.tell(f"block_size, head_size = {case.block_size}, {case.head_dim}")
@@ -189,7 +191,10 @@ def check_decoding(case, version, larger=1.0):
         table = batch.block_tables[seq][: -(-context // case.block_size)].tolist()
         note = "" if new == 1 else f", {new} of them new: not this kernel's"
         story.tell(f"# table {name(seq)}: {table}   {context} tokens{note}")
-    story.tell(f"{version}(queries{'' if larger == 1 else f' * {larger:g}'}, cache, tables)")
+    story.tell(
+        f"{version}(queries{'' if larger == 1 else f' * {abs(larger):g}'}, cache, tables)",
+        "every score is far below 0" if larger < 0 else "",
+    )
     KERNELS.seed_emulator(case.seed)
     output = torch.full(query.shape, float("nan"), dtype=torch.float64)
     launch = Launch.of_batch(batch, decoding, version, torch.device("cpu"), splits=1)
@@ -240,7 +245,7 @@ def test_a_block_beyond_2_to_the_31_elements():
 
 
 @pytest.mark.task("12.4")
-@given(case=decoding_cases(), larger=st.sampled_from([1.0, 1.0, 300.0]))
+@given(case=decoding_cases(), larger=st.sampled_from([1.0, 1.0, 300.0, -1.0]))
 @settings(max_examples=60)
 def test_step1_equals_contiguous_attention(case, larger):
     check_decoding(case, "step1", larger)

@@ -52,6 +52,7 @@ def write_bundle(lessons: Sequence[Lesson], folder: Path) -> None:
     for file in {file for lesson in lessons for file in lesson.files}:
         (folder / file).write_text(bundle_stub(file, lessons), "utf-8")
     (folder / "tests").mkdir()
+    begun: set[str] = set()
     for lesson in lessons:
         own = folder / "lessons" / lesson.name
         (own / "stubs").mkdir(parents=True)
@@ -60,8 +61,10 @@ def write_bundle(lessons: Sequence[Lesson], folder: Path) -> None:
                 shutil.copy(path, own / path.name)
         for file in lesson.files:
             stub = bundle_stub(file, lessons, first=lesson)
-            for path in (own / Path(file).name, own / "stubs" / Path(file).name):
-                path.write_text(stub, "utf-8")
+            (own / "stubs" / Path(file).name).write_text(stub, "utf-8")
+            if file not in begun:  # one that several lessons ask for is written once
+                (own / Path(file).name).write_text(stub, "utf-8")
+                begun.add(file)
         for link in re.findall(r"\]\(\.\./\.\./([^)]+)\)", (own / "lesson.md").read_text("utf-8")):
             (folder / link).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / link, folder / link)
@@ -96,8 +99,9 @@ def instructions(lessons: Sequence[Lesson]) -> str:
     for lesson in lessons:
         for file in lesson.files:
             points = sum(task.points for task in lesson.tasks if task.file == file)
+            home = next(other for other in lessons if file in other.files)
             lines.append(
-                f"- `lessons/{lesson.name}/{Path(file).name}` "
+                f"- `lessons/{home.name}/{Path(file).name}` "
                 f"(lesson {lesson.number}, {lesson.title}: {points} points)"
             )
     if given:
@@ -110,7 +114,7 @@ def instructions(lessons: Sequence[Lesson]) -> str:
             "test says that a task of another lesson is still to be written, write that one first.",
         ]
     if len(graded) < sum(len(lesson.files) for lesson in lessons):
-        lines += ["", "Where two lessons have the same file, take over what you wrote earlier."]
+        lines += ["", "A file that two lessons ask for is in the folder of the first, for both."]
     names = [str(lesson.number) for lesson in lessons]
     lines += [
         "",

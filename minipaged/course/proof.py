@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from minipaged.course import notebooks
@@ -92,15 +92,14 @@ def _run_pytest(arguments: list[str], files: Files, folder: str) -> None:
 
 @contextlib.contextmanager
 def solution(
-    lesson: Lesson, change: dict | None = None, open_task: Task | None = None
+    lesson: Lesson, change: dict | None = None, open_tasks: Collection[Task] = ()
 ) -> Iterator[Path]:
-    """A folder with the reference as the learner's files: changed, or with one task open."""
+    """A folder with the reference as the learner's files: changed, or with some tasks open."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_solution(lesson, folder, change)
-        if open_task is not None:
-            path = folder / Path(open_task.file).name
-            path.write_text(stub_of(lesson, open_task.file, open_task.number), "utf-8")
+        for file in {task.file for task in open_tasks}:
+            (folder / Path(file).name).write_text(stub_of(lesson, file, open_tasks), "utf-8")
         yield folder
 
 
@@ -125,7 +124,7 @@ def check_generated(lesson: Lesson) -> None:
 
 def check_task_fails_alone(lesson: Lesson, task: Task) -> None:
     """With this task open and all others done, its tests fail, with its words and no others."""
-    with solution(lesson, open_task=task) as folder:
+    with solution(lesson, open_tasks=[task]) as folder:
         outcome = run_on(lesson, folder, task.number)
     cases = outcome.outcomes.get(task.number, {})
     if outcome.broken or not cases:
@@ -136,6 +135,16 @@ def check_task_fails_alone(lesson: Lesson, task: Task) -> None:
             raise UnsoundLessonError(f"{case} passes although task {task.number} is open")
         if not task.plant and not any(word in error for word in words):
             raise UnsoundLessonError(f"{case} fails, but not with task {task.number}: {error}")
+
+
+def check_task_passes_before_the_next(lesson: Lesson, task: Task) -> None:
+    """Who has written the tasks up to this one passes its tests, whatever is open behind it."""
+    later = lesson.tasks[lesson.tasks.index(task) + 1 :]
+    with solution(lesson, open_tasks=later) as folder:
+        outcome = run_on(lesson, folder, task.number)
+    for case, error in outcome.outcomes.get(task.number, {"no test": "ran"}).items():
+        if error is not None:
+            raise UnsoundLessonError(f"{case} needs what comes after task {task.number}: {error}")
 
 
 def _names(task: Task) -> list[str]:
@@ -190,6 +199,9 @@ def all_checks(lesson: Lesson) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "the stub names its tasks", functools.partial(check_stub_fails, lesson)
     for task in lesson.tasks:
         yield f"task {task.number} alone", functools.partial(check_task_fails_alone, lesson, task)
+        if task is not lesson.tasks[-1]:
+            check = functools.partial(check_task_passes_before_the_next, lesson, task)
+            yield f"task {task.number} without later ones", check
     for name, variant in variants.items():
         yield f"passes: {name}", functools.partial(check_passes, lesson, variant)
     for name, bug in bugs.items():

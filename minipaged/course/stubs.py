@@ -8,6 +8,7 @@ the braces, or the end of it, becomes a call that fails with the same words.
 from __future__ import annotations
 
 import ast
+from collections.abc import Collection
 from pathlib import Path
 
 from minipaged.course.lesson import ROOT, Lesson, LessonError, Task, tomllib
@@ -15,11 +16,11 @@ from minipaged.course.lesson import ROOT, Lesson, LessonError, Task, tomllib
 OPEN_TASK = "Task {number}: {name} is still to be written"
 
 
-def stub_of(lesson: Lesson, file: str, only: str | None = None) -> str:
-    """The learner's first version of a file; with `only` the one task of this number is open."""
+def stub_of(lesson: Lesson, file: str, tasks: Collection[Task] | None = None) -> str:
+    """The learner's first version of a file, with all tasks of the lesson open, or only some."""
     text = (ROOT / file).read_text("utf-8")
-    for task in lesson.tasks:
-        if task.file == file and only in (None, task.number):
+    for task in lesson.tasks if tasks is None else tasks:
+        if task.file == file:
             text = open_task(text, task)
     return text
 
@@ -79,7 +80,9 @@ def _empty_cuda(text: str, name: str, task: Task) -> str:
     else:
         start += 1
     message = OPEN_TASK.format(number=task.number, name=name)
-    return f'{text[:start]}    not_implemented("{message}");\n{text[end:]}'
+    last = text[text.rindex("\n", 0, end) + 1 : end]
+    indent = last[: len(last) - len(last.lstrip())]
+    return f'{text[:start]}{indent}    not_implemented("{message}");\n{indent}{text[end:]}'
 
 
 def cuda_body(text: str, name: str) -> tuple[int, int]:

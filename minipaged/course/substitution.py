@@ -101,6 +101,9 @@ def own_files(lessons: Sequence[Lesson]) -> dict[str, Path]:
     for lesson in [*others, *lessons]:
         for file in lesson.files:
             path = lesson.own_file(file)
+            for other in others if not path.exists() else ():
+                if file in other.files and other.own_file(file).exists():
+                    path = other.own_file(file)  # one file serves all lessons of an assignment
             if not path.exists():
                 raise LessonError(
                     f"lesson {lesson.number} has not begun: found no {path}; "

@@ -39,16 +39,16 @@ struct Attention {
     // Where the keys, and values, of a KV head begin in the physical block behind a logical one.
     // In 64 bits: a cache of 2^31 elements is no large one.
     __device__ int64_t block_offset(int seq, int logical, int kv_head) const {
-    not_implemented("Task 12.3: block_offset is still to be written");
-}
+        not_implemented("Task 12.3: block_offset is still to be written");
+    }
 
     // The distance of two tokens of a block.
     __device__ int64_t token_stride() const { return int64_t(kv_heads) * head_size; }
 
     // The same for one token of a sequence.
     __device__ int64_t token_offset(int seq, int token, int kv_head) const {
-    not_implemented("Task 12.3: token_offset is still to be written");
-}
+        not_implemented("Task 12.3: token_offset is still to be written");
+    }
 
     // By what the scores and the output are multiplied, of an 8-bit cache also the heads' scales.
     __device__ A score_scale(int kv_head) const {

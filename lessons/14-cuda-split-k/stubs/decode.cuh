@@ -18,8 +18,8 @@ struct DecodeTask {
 
     template <typename T, typename KV>
     __device__ explicit DecodeTask(const Attention<T, KV>& a) {
-    not_implemented("Task 14.1: DecodeTask is still to be written");
-}
+        not_implemented("Task 14.1: DecodeTask is still to be written");
+    }
 };
 
 // What a warp has summed up of GROUP query heads, relative to the largest score of each; a lane
