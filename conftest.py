@@ -15,7 +15,7 @@ _common = {
 }
 settings.register_profile("laptop", max_examples=50, **_common)
 # CI draws the same examples every time: a failure there is a failure everywhere.
-settings.register_profile("ci", max_examples=150, derandomize=True, **_common)
+settings.register_profile("ci", max_examples=100, derandomize=True, **_common)
 settings.register_profile("thorough", max_examples=3000, **_common)
 # For learners: one failure at a time, the smallest, and the same when they test again.
 settings.register_profile(
@@ -25,6 +25,8 @@ settings.register_profile(
     report_multiple_bugs=False,
     **{**_common, "print_blob": False},
 )
+# For lessons that must pass: whoever is right is right with the first examples.
+settings.register_profile("brief", max_examples=25, derandomize=True, **_common)
 # For the grader, which gives a seed: nobody knows the examples before.
 settings.register_profile(
     "grading",

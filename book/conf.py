@@ -59,6 +59,7 @@ html_theme_options = {
     "navbar_end": [],
     "navbar_persistent": [],
 }
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_math_renderer = "mathml"
 
 

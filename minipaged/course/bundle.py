@@ -7,15 +7,14 @@ the same with hidden tests beside it, in the form that Gradescope runs.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from minipaged.course.lesson import ROOT, Lesson, LessonError
-from minipaged.course.stubs import cuda_body, find_function, open_task
+from minipaged.course.stubs import open_task, reference_bodies
 from minipaged.course.substitution import ASSIGNMENT
 
 PACKAGE = ("minipaged", "cuda", "pyproject.toml", "conftest.py")
@@ -129,23 +128,6 @@ def instructions(lessons: Sequence[Lesson]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def reference_bodies(lesson: Lesson) -> Iterator[tuple[str, str]]:
-    """Each function that a lesson asks for: its name, and its body in the reference as text."""
-    for task in lesson.tasks:
-        text = (ROOT / task.file).read_text("utf-8")
-        for name in task.empty:
-            if task.module is None:
-                name, _, first = name.partition(" from ")
-                start, end = cuda_body(text, name)
-                yield name, text[text.find(first, start, end) if first else start : end]
-                continue
-            body = find_function(ast.parse(text), name).body
-            if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-                body = body[1:]
-            lines = text.splitlines(keepends=True)
-            yield name, "".join(lines[body[0].lineno - 1 : body[-1].end_lineno])
-
-
 def squeezed(text: str) -> str:
     """A text without what may differ between two ways to write the same code."""
     return re.sub(r"\\n|\s|[\"'\\]", "", text)
@@ -156,7 +138,7 @@ def check_bundle(lessons: Sequence[Lesson], folder: Path) -> None:
     bodies = {
         f"{name} of lesson {lesson.number}": squeezed(body)
         for lesson in lessons
-        for name, body in reference_bodies(lesson)
+        for _, name, body in reference_bodies(lesson)
     }
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix in TEXTS:

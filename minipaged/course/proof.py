@@ -18,7 +18,13 @@ from pathlib import Path
 
 from minipaged.course import notebooks
 from minipaged.course.lesson import Lesson, LessonError, Task
-from minipaged.course.stubs import OPEN_TASK, mutants, stub_of, write_solution
+from minipaged.course.stubs import (
+    OPEN_TASK,
+    mutants,
+    reference_bodies,
+    stub_of,
+    write_solution,
+)
 from minipaged.course.substitution import Files, substitute
 from minipaged.course.testing import LEAN, PLUGINS, TestOutcome, pytest_arguments
 
@@ -38,20 +44,20 @@ class UnsoundLessonError(LessonError):
 
 
 def run_on(
-    lesson: Lesson, own: Path, task: str | None = None, *options: str, seconds: int = 300
+    lesson: Lesson, own: Path, task: str | None = None, *options: str, profile: str = "brief"
 ) -> TestOutcome:
-    """Test these files as somebody's of this lesson."""
+    """Test these files as somebody's of this lesson, with so many examples as the profile says."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         arguments = [*pytest_arguments(lesson, task, own, report), *options]
-        _, said = run_forked(arguments, seconds=seconds)
+        _, said = run_forked(arguments, profile=profile)
         if not report.exists():
             return TestOutcome({}, [said[-2000:]], ended=False)
         return TestOutcome(**json.loads(report.read_text("utf-8")))
 
 
 def run_forked(
-    arguments: list[str], files: Files | None = None, seconds: int = 300
+    arguments: list[str], files: Files | None = None, profile: str = "planted", seconds: int = 300
 ) -> tuple[int | None, str]:
     """pytest in a fork of a process that has imported what takes long, for it is run often.
 
@@ -62,7 +68,8 @@ def run_forked(
     context.set_forkserver_preload([*PRELOADED, *PLUGINS])
     arguments = [*arguments, "-q", *LEAN]
     with tempfile.TemporaryDirectory() as folder:
-        process = context.Process(target=_run_pytest, args=(arguments, dict(files or {}), folder))
+        order = (arguments, dict(files or {}), profile, folder)
+        process = context.Process(target=_run_pytest, args=order)
         process.start()
         process.join(seconds)
         if process.is_alive():
@@ -73,13 +80,13 @@ def run_forked(
         return (code if code is not None and code >= 0 else None), said
 
 
-def _run_pytest(arguments: list[str], files: Files, folder: str) -> None:
+def _run_pytest(arguments: list[str], files: Files, profile: str, folder: str) -> None:
     """In the new process: pytest, with all that it says in a file."""
     said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
     os.dup2(said, 2)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    os.environ["HYPOTHESIS_PROFILE"] = "planted"
+    os.environ["HYPOTHESIS_PROFILE"] = profile
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/examples"
     import pytest
     import torch
@@ -176,17 +183,27 @@ def check_passes(lesson: Lesson, change: dict | None = None) -> None:
 
 
 def check_bug_is_caught(lesson: Lesson, bug: dict) -> None:
-    """The tests fail on this bug, and do not merely break."""
+    """The tests fail on this bug, and do not merely break; those of its own task come first."""
     with solution(lesson, bug) as folder:
-        outcome = run_on(lesson, folder, None, "-x")
-    errors = [
-        error
-        for cases in outcome.outcomes.values()
-        for error in cases.values()
-        if error not in (None, "was not run", "was skipped")
-    ]
-    if outcome.broken or not errors:
-        raise UnsoundLessonError(f"{bug['title']!r} is not caught: {outcome.broken}")
+        for task in dict.fromkeys([task_of(lesson, bug), None]):
+            outcome = run_on(lesson, folder, task, "-x", profile="planted")
+            if outcome.broken:
+                raise UnsoundLessonError(f"{bug['title']!r} breaks the tests: {outcome.broken}")
+            for cases in outcome.outcomes.values():
+                if any(
+                    error not in (None, "was not run", "was skipped") for error in cases.values()
+                ):
+                    return
+    raise UnsoundLessonError(f"{bug['title']!r} is not caught")
+
+
+def task_of(lesson: Lesson, bug: dict) -> str | None:
+    """The task in whose functions a bug is, if it is in one."""
+    old = bug.get("edits", [bug])[0]["old"].strip()
+    for task, _, body in reference_bodies(lesson):
+        if task.file == bug["file"] and old in body:
+            return task.number
+    return None
 
 
 def all_checks(lesson: Lesson) -> Iterator[tuple[str, Callable[[], None]]]:

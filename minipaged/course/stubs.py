@@ -8,7 +8,7 @@ the braces, or the end of it, becomes a call that fails with the same words.
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from minipaged.course.lesson import ROOT, Lesson, LessonError, Task, tomllib
@@ -96,6 +96,23 @@ def cuda_body(text: str, name: str) -> tuple[int, int]:
         depth += {"{": 1, "}": -1}.get(text[at], 0)
         at += 1
     return start, at - 1
+
+
+def reference_bodies(lesson: Lesson) -> Iterator[tuple[Task, str, str]]:
+    """What a lesson asks for: the task, the function's name, and its body in the reference."""
+    for task in lesson.tasks:
+        text = (ROOT / task.file).read_text("utf-8")
+        for name in task.empty:
+            if task.module is None:
+                name, _, first = name.partition(" from ")
+                start, end = cuda_body(text, name)
+                yield task, name, text[text.find(first, start, end) if first else start : end]
+                continue
+            body = find_function(ast.parse(text), name).body
+            if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                body = body[1:]
+            lines = text.splitlines(keepends=True)
+            yield task, name, "".join(lines[body[0].lineno - 1 : body[-1].end_lineno])
 
 
 def read_bug(name: str) -> dict:
