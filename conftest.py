@@ -26,7 +26,14 @@ settings.register_profile(
     **{**_common, "print_blob": False},
 )
 # For lessons that must pass: whoever is right is right with the first examples.
-settings.register_profile("brief", max_examples=25, derandomize=True, **_common)
+settings.register_profile(
+    "brief",
+    max_examples=25,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    report_multiple_bugs=False,
+    **_common,
+)
 # For the grader, which gives a seed: nobody knows the examples before.
 settings.register_profile(
     "grading",
@@ -41,6 +48,7 @@ settings.register_profile(
     max_examples=150,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
+    report_multiple_bugs=False,
     **_common,
 )
 settings.load_profile(

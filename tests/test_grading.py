@@ -47,7 +47,7 @@ def hidden(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grader(hidden):
-    limits = Limits(seconds=3, total=40)
+    limits = Limits(seconds=3, total=40, memory=3 << 30)
     with Grader([LESSON], hidden, limits=limits, seed=7, check_imports=False) as grader:
         yield grader
 
