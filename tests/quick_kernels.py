@@ -1,7 +1,9 @@
 """The emulated kernels of other sources than the project's, compiled in seconds.
 
-What takes long in `build.emulated_kernels` is the binding, which includes torch's headers and
-which nobody changes: here it is compiled once, and kept beside what `build` keeps.
+What takes long in `build.emulated_kernels` is the binding, which includes torch's headers, and the
+headers of the kernels themselves.  Nobody changes these: here they are compiled once, and kept
+beside what `build` keeps.  Nothing is optimized, since most of what is compiled here runs for a
+second.
 """
 
 import fcntl
@@ -21,10 +23,39 @@ from minipaged.attention import build
 _count = itertools.count()
 
 
+HEADERS = """\
+#define _XOPEN_SOURCE 700
+#include <c10/util/BFloat16.h>
+#include <c10/util/Float8_e4m3fn.h>
+#include <c10/util/Half.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+"""
+
+
 def compile_cpp(*arguments):
-    """Run the compiler with the flags of the emulated kernels."""
+    """Run the compiler with the flags of the emulated kernels, but for the optimization."""
     folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
-    options = ["-std=c++20", "-fPIC", *build.EMULATED_FLAGS, *(f"-isystem{f}" for f in folders)]
+    options = [
+        "-std=c++20",
+        "-fPIC",
+        *build.EMULATED_FLAGS,
+        "-O0",
+        *(f"-isystem{f}" for f in folders),
+    ]
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, *options, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -34,19 +65,35 @@ def compile_cpp(*arguments):
 
 def binding(sources):
     """The compiled binding of these sources."""
-    contents = hashlib.blake2b(torch.__version__.encode() + sys.version.encode(), digest_size=8)
-    for name in ("binding.cpp", "arguments.h"):
-        contents.update((sources / name).read_bytes())
+    files = [sources / "binding.cpp", sources / "arguments.h"]
+    flags = ["-DTORCH_EXTENSION_NAME=planted", "-c", files[0], "-o"]
+    contents = b"".join(path.read_bytes() for path in files)
+    return kept("binding.o", contents, lambda target: compile_cpp(*flags, target))
+
+
+def headers():
+    """The compiled headers of the kernels: what is included instead is found beside it."""
+
+    def make(target):
+        source = target.with_suffix("")
+        source.write_text(HEADERS)
+        compile_cpp("-x", "c++-header", source, "-o", target)
+
+    return kept("headers.h.gch", HEADERS.encode(), make).with_suffix("")
+
+
+def kept(name, contents, make):
+    """A file that is made once from these contents, in a folder of its own."""
+    key = hashlib.blake2b(contents, digest_size=8)
+    key.update(f"{torch.__version__} {sys.version} {os.environ.get('CXX')}".encode())
     home = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "minipaged"))
-    home.mkdir(parents=True, exist_ok=True)
-    target = home / f"binding_{contents.hexdigest()}.o"
-    with open(target.with_suffix(".lock"), "w") as lock:
+    target = home / f"quick_{key.hexdigest()}" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait
-        if not target.exists():
-            new = target.with_suffix(f".{os.getpid()}.o")
-            flags = ["-DTORCH_EXTENSION_NAME=planted", "-c", sources / "binding.cpp", "-o", new]
-            compile_cpp(*flags)
-            new.rename(target)
+        if not (target.parent / "made").exists():
+            make(target)
+            (target.parent / "made").touch()
     return target
 
 
@@ -58,7 +105,8 @@ def compile_kernels(sources, dtypes, head_sizes):
     # pybind11 knows modules by their full name, so that each is given a package of its own.
     package = f"planted{os.getpid()}_{next(_count)}"
     library = sources / f"{package}.so"
-    kernels = [*build.instances(dtypes, head_sizes), "-x", "c++", sources / "paged_attention.cu"]
+    kernels = [*build.instances(dtypes, head_sizes), "-include", headers()]
+    kernels += ["-x", "c++", sources / "paged_attention.cu"]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     compile_cpp("-shared", *undefined, *kernels, "-x", "none", binding(sources), "-o", library)
     return build.import_library(f"{package}.planted", library)
