@@ -1,11 +1,7 @@
 """Lesson 12: the first kernels, on an emulated GPU, equal torch and contiguous attention (T8)."""
 
 import dataclasses
-import functools
 import mmap
-import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +9,10 @@ import quick_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lesson_kernels import Emulator
 from test_attention import Case, place
 from test_kernels import expected, filled_cache, queries_of
 
-from minipaged.attention import build
 from minipaged.attention.batch import PagedBatch
 from minipaged.attention.contiguous import contiguous_attention
 from minipaged.attention.kernels import KernelCacheOperations, Launch
@@ -27,41 +23,7 @@ from minipaged.memory.block_table import BlockCopy
 HEAD_SIZE = 16
 
 
-@functools.cache
-def compile_once():
-    """Your kernels, compiled from a copy, and what the compiler says where it cannot."""
-    with tempfile.TemporaryDirectory() as folder:
-        sources = Path(folder) / "cuda"
-        shutil.copytree(build.SOURCES, sources)
-        try:
-            return quick_kernels.compile_kernels(sources, (torch.float64,), (HEAD_SIZE,)), ""
-        except RuntimeError as error:
-            lines = str(error).replace(f"{sources}/", "").splitlines()
-            first = next((i for i, line in enumerate(lines) if " error: " in line), 0)
-            return None, "\n".join(lines[first : first + 6])
-
-
-class Emulator:
-    """The functions of the compiled kernels; a report of the emulator fails the test."""
-
-    def __getattr__(self, function):
-        kernels, complaint = compile_once()
-        if kernels is None:
-            raise AssertionError(f"your kernels do not compile:\n{complaint}")
-
-        def call(*arguments):
-            try:
-                return getattr(kernels, function)(*arguments)
-            except RuntimeError as error:
-                said = str(error)
-                if "is still to be written" in said:
-                    raise NotImplementedError(said[said.index("Task ") :]) from None
-                raise AssertionError(f"the emulator stopped the kernel:\n{said}") from None
-
-        return call
-
-
-KERNELS = Emulator()
+KERNELS = Emulator(HEAD_SIZE)
 
 
 # ---- 12.1 ---------------------------------------------------------------------------------

@@ -1,10 +1,6 @@
 """Lesson 13: kernels whose threads work together equal contiguous attention (T8)."""
 
 import ctypes
-import functools
-import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +8,10 @@ import quick_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lesson_kernels import Emulator, compiled, fail_as_reported
 from test_attention import Case, place
 from test_kernels import expected, queries_of
 
-from minipaged.attention import build
 from minipaged.attention.kernels import Launch
 from minipaged.course.narration import story
 from minipaged.course.notation import name
@@ -24,53 +20,7 @@ HEAD_SIZES = (6, 16)  # rows of 3 and of 8 chunks: with an idle lane, and withou
 WARP = 32
 
 
-@functools.cache
-def compile_once(what):
-    """The kernels or the probe, compiled from a copy; what the compiler says if it cannot."""
-    with tempfile.TemporaryDirectory() as folder:
-        sources = Path(folder) / "cuda"
-        shutil.copytree(build.SOURCES, sources)
-        try:
-            return what(sources), ""
-        except RuntimeError as error:
-            lines = str(error).replace(f"{sources}/", "").splitlines()
-            first = next((i for i, line in enumerate(lines) if " error: " in line), 0)
-            return None, "\n".join(lines[first : first + 6])
-
-
-def compiled(what):
-    result, complaint = compile_once(what)
-    if result is None:
-        raise AssertionError(f"your kernels do not compile:\n{complaint}")
-    return result
-
-
-def fail_as_reported(said):
-    """What the emulator said: that a task is open, or that it stopped the kernel."""
-    if "is still to be written" in said:
-        raise NotImplementedError(said[said.index("Task ") :])
-    raise AssertionError(f"the emulator stopped the kernel:\n{said}")
-
-
-def kernels(sources):
-    return quick_kernels.compile_kernels(sources, (torch.float64,), HEAD_SIZES)
-
-
-class Emulator:
-    """The functions of the compiled kernels; a report of the emulator fails the test."""
-
-    def __getattr__(self, function):
-        def call(*arguments):
-            try:
-                return getattr(compiled(kernels), function)(*arguments)
-            except RuntimeError as error:
-                said = str(error)
-            return fail_as_reported(said)
-
-        return call
-
-
-KERNELS = Emulator()
+KERNELS = Emulator(*HEAD_SIZES)
 
 
 def check_decoding(case, version, larger=1.0):
