@@ -15,7 +15,7 @@ _common = {
 }
 settings.register_profile("laptop", max_examples=50, **_common)
 # CI draws the same examples every time: a failure there is a failure everywhere.
-settings.register_profile("ci", max_examples=100, derandomize=True, **_common)
+settings.register_profile("ci", max_examples=75, derandomize=True, **_common)
 settings.register_profile("thorough", max_examples=3000, **_common)
 # For learners: one failure at a time, the smallest, and the same when they test again.
 settings.register_profile(

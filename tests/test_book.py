@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
+SCREENSHOTS = os.environ.get("MINIPAGED_SCREENSHOTS")
+"""A folder for pictures of all pages, if anybody wants to look at them."""
 sys.path.insert(0, str(ROOT / "book"))
 import generate  # noqa: E402
 
@@ -125,15 +128,23 @@ def test_a_browser_opens_every_page_and_steps_the_steppers(book, tmp_path):
         flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-sync"
         flags += " --disable-background-networking --disable-component-update --hide-scrollbars"
         size = "390,844" if i % 2 else "1280,900"  # every other one on a phone
-        flags += f" --window-size={size} --virtual-time-budget=2000 --dump-dom"
-        done = subprocess.run(
-            [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", driven.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        flags += f" --window-size={size} --virtual-time-budget=2000"
+        flags += f" --user-data-dir={tmp_path / 'profile'}"
+        outputs = ["--dump-dom"]
+        if SCREENSHOTS:  # to be looked at; a browser writes one thing at a time
+            name = "-".join(page.relative_to(book).with_suffix("").parts)
+            outputs.append(f"--screenshot={Path(SCREENSHOTS).resolve() / name}.png")
+        said = ""
+        for output in outputs:
+            done = subprocess.run(
+                [CHROMIUM, *flags.split(), output, driven.as_uri()],
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            said += done.stdout
         driven.unlink()
-        found = re.search(r'<pre id="result"[^>]*>(.*?)</pre>', done.stdout, re.DOTALL)
+        found = re.search(r'<pre id="result"[^>]*>(.*?)</pre>', said, re.DOTALL)
         assert found, f"{page.name}: {done.stderr[-500:]}"
         result = json.loads(html.unescape(found.group(1)))
         assert result["problems"] == [], page
