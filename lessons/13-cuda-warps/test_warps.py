@@ -5,55 +5,18 @@ import ctypes
 import numpy as np
 import pytest
 import quick_kernels
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lesson_kernels import Emulator, compiled, fail_as_reported
-from test_attention import Case, place
-from test_kernels import expected, queries_of
+from lesson_kernels import Emulator, check_decoding, compiled, fail_as_reported
+from test_attention import Case
 
-from minipaged.attention.kernels import Launch
 from minipaged.course.narration import story
-from minipaged.course.notation import name
 
 HEAD_SIZES = (6, 16)  # rows of 3 and of 8 chunks: with an idle lane, and without
 WARP = 32
 
 
 KERNELS = Emulator(*HEAD_SIZES)
-
-
-def check_decoding(case, version, larger=1.0):
-    """A decoding kernel equals contiguous attention."""
-    torch.manual_seed(case.seed)
-    batch, cache, kv = place(case)
-    query = queries_of(case) * abs(larger)
-    if larger < 0:
-        query, kv = quick_kernels.sink_scores(query, cache, kv)
-    story.begin()
-    story.tell(f"block_size, head_size = {case.block_size}, {case.head_dim}")
-    story.tell(f"heads, kv_heads = {case.kv_heads * case.group}, {case.kv_heads}")
-    for seq, context in enumerate(case.contexts):
-        table = batch.block_tables[seq][: -(-context // case.block_size)].tolist()
-        story.tell(f"# table {name(seq)}: {table}   {context} tokens")
-    story.tell(
-        f"{version}(queries{'' if larger == 1 else f' * {abs(larger):g}'}, cache, tables)",
-        "every score is far below 0" if larger < 0 else "",
-    )
-    KERNELS.seed_emulator(case.seed)
-    output = torch.full(query.shape, float("nan"), dtype=torch.float64)
-    seqs = np.arange(batch.num_seqs)
-    launch = Launch.of_batch(batch, seqs, version, torch.device("cpu"), splits=1)
-    launch.run(KERNELS, output, query, cache.keys[0], cache.values[0])
-    wanted = expected(case, query, kv)
-    close = torch.isclose(output, wanted, rtol=1e-9, atol=1e-11)
-    for seq, head, element in (~close).nonzero().tolist()[:1]:
-        got, right = output[seq, head, element].item(), wanted[seq, head, element].item()
-        why = ": not written, or computed from a slot that nobody wrote" if got != got else ""
-        raise AssertionError(
-            f"output[{element}] of head {head} of sequence {name(seq)} "
-            f"is {got:.5g}{why}; it must be {right:.5g}"
-        )
 
 
 @st.composite
@@ -76,14 +39,14 @@ large_scores = st.sampled_from([1.0, 1.0, 300.0, -1.0])
 @given(case=decoding_cases(), larger=large_scores)
 @settings(max_examples=30)
 def test_step2_equals_contiguous_attention(case, larger):
-    check_decoding(case, "step2", larger)
+    check_decoding(KERNELS, case, "step2", larger)
 
 
 @pytest.mark.task("13.1")
 @given(case=decoding_cases(most=300))
 @settings(max_examples=10)
 def test_step2_with_more_tokens_than_threads(case):
-    check_decoding(case, "step2")
+    check_decoding(KERNELS, case, "step2")
 
 
 PROBE = r"""
@@ -160,11 +123,11 @@ def test_lanes_are_folded(fold, values, bounds):
 @given(case=decoding_cases(), larger=large_scores)
 @settings(max_examples=30)
 def test_step3_equals_contiguous_attention(case, larger):
-    check_decoding(case, "step3", larger)
+    check_decoding(KERNELS, case, "step3", larger)
 
 
 @pytest.mark.task("13.4")
 @given(case=decoding_cases(), larger=large_scores)
 @settings(max_examples=30)
 def test_step5_equals_contiguous_attention(case, larger):
-    check_decoding(case, "step5", larger)
+    check_decoding(KERNELS, case, "step5", larger)

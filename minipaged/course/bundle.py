@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from minipaged.course.lesson import ROOT, Lesson, LessonError
-from minipaged.course.stubs import open_task, reference_bodies
+from minipaged.course.stubs import reference_bodies, with_open_tasks
 from minipaged.course.substitution import ASSIGNMENT
 
 PACKAGE = ("minipaged", "cuda", "pyproject.toml", "conftest.py")
@@ -27,12 +29,8 @@ def bundle_stub(file: str, lessons: Sequence[Lesson], first: Lesson | None = Non
 
     first: the lesson whose words are used where several ask for the same function.
     """
-    text = (ROOT / file).read_text("utf-8")
-    for lesson in sorted(lessons, key=lambda lesson: lesson is first):
-        for task in lesson.tasks:
-            if task.file == file:
-                text = open_task(text, task)
-    return text
+    ordered = sorted(lessons, key=lambda lesson: lesson is first)
+    return with_open_tasks(file, [task for lesson in ordered for task in lesson.tasks])
 
 
 def write_bundle(lessons: Sequence[Lesson], folder: Path) -> None:
@@ -196,9 +194,6 @@ def write_autograder(
 
 def needs_torch(lessons: Sequence[Lesson]) -> bool:
     """Whether the tests of these lessons, or what they import, import torch."""
-    import subprocess
-    import sys
-
     files = [str(path) for lesson in lessons for path in lesson.folder.glob("test_*.py")]
     code = (
         "import runpy, sys; sys.path.insert(0, sys.argv[1])\n"

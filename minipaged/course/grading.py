@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -405,7 +405,7 @@ class Grader:
         return _outcomes(messages)
 
 
-def _messages(lines: Iterator[str] | Any, key: str) -> Iterator[dict[str, Any]]:
+def _messages(lines: Iterable[str], key: str) -> Iterator[dict[str, Any]]:
     """What the judge said; lines that do not have its key are nobody's."""
     for count, line in enumerate(lines):
         if count > 100_000:

@@ -56,11 +56,14 @@ class Task:
     by_case: bool = False
 
     @property
-    def module(self) -> str | None:
-        """Name of the Python module that the file is; None for a CUDA file."""
-        if not self.file.endswith(".py"):
-            return None
-        return self.file.removesuffix(".py").replace("/", ".")
+    def is_python(self) -> bool:
+        """Whether the file is a Python module, and not CUDA."""
+        return self.file.endswith(".py")
+
+    @property
+    def functions(self) -> list[str]:
+        """Names of the functions to write."""
+        return [name.partition(" from ")[0] for name in self.empty]
 
     def share(self, outcomes: Collection[str | None]) -> float:
         """How much of the points these cases give, 0 to 1; None is a case that passed."""

@@ -19,6 +19,7 @@ import pytest
 
 from minipaged.course.lesson import Lesson, LessonError, Task, find_lesson, find_task
 from minipaged.course.narration import story
+from minipaged.course.stubs import STILL_OPEN
 from minipaged.course.substitution import own_files, substitute, substituted
 from minipaged.errors import OutOfBlocksError
 
@@ -172,7 +173,7 @@ class LessonRun:
     ) -> str:
         """What a learner needs to know of a failure."""
         error = excinfo.value
-        if isinstance(error, NotImplementedError) or "still to be written" in str(error):
+        if isinstance(error, NotImplementedError) or STILL_OPEN in str(error):
             return what_failed(error)
         lines = [f"Task {task.number}: {task.title}", "", what_failed(error)]
         told = story.text()
@@ -211,7 +212,7 @@ class LessonRun:
 
     def _is_open(self, number: str) -> bool:
         outcomes = self.outcomes[number].values()
-        return all(outcome and "still to be written" in outcome for outcome in outcomes)
+        return all(outcome and STILL_OPEN in outcome for outcome in outcomes)
 
     def score(self, task: Task) -> float:
         """Points of a task: all or none, or by the share of the cases."""

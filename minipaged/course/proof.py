@@ -23,6 +23,7 @@ from minipaged.course.stubs import (
     mutants,
     reference_bodies,
     stub_of,
+    with_open_tasks,
     write_solution,
 )
 from minipaged.course.substitution import Files, substitute
@@ -106,7 +107,7 @@ def solution(
         folder = Path(name)
         write_solution(lesson, folder, change)
         for file in {task.file for task in open_tasks}:
-            (folder / Path(file).name).write_text(stub_of(lesson, file, open_tasks), "utf-8")
+            (folder / Path(file).name).write_text(with_open_tasks(file, open_tasks), "utf-8")
         yield folder
 
 
@@ -136,7 +137,7 @@ def check_task_fails_alone(lesson: Lesson, task: Task) -> None:
     cases = outcome.outcomes.get(task.number, {})
     if outcome.broken or not cases:
         raise UnsoundLessonError(f"task {task.number} has no test that runs: {outcome.broken}")
-    words = [OPEN_TASK.format(number=task.number, name=name) for name in _names(task)]
+    words = [OPEN_TASK.format(number=task.number, name=name) for name in task.functions]
     for case, error in cases.items():
         if error is None:
             raise UnsoundLessonError(f"{case} passes although task {task.number} is open")
@@ -154,20 +155,15 @@ def check_task_passes_before_the_next(lesson: Lesson, task: Task) -> None:
             raise UnsoundLessonError(f"{case} needs what comes after task {task.number}: {error}")
 
 
-def _names(task: Task) -> list[str]:
-    return [name.partition(" from ")[0] for name in task.empty]
-
-
 def check_stub_fails(lesson: Lesson) -> None:
     """On the stub as it is handed out every test fails with the words of a task."""
     outcome = run_on(lesson, lesson.folder / "stubs")
     if outcome.broken or not outcome.ended:
         raise UnsoundLessonError(f"the stub cannot be tested: {outcome.broken}")
     planted = any(task.plant for task in lesson.tasks)
-    for cases in outcome.outcomes.values():
-        for case, error in cases.items():
-            if error is None or not ("Task " in error or planted):
-                raise UnsoundLessonError(f"on the stub {case} says {error!r}, which names no task")
+    for case, error in outcome.cases.items():
+        if error is None or not ("Task " in error or planted):
+            raise UnsoundLessonError(f"on the stub {case} says {error!r}, which names no task")
 
 
 def check_passes(lesson: Lesson, change: dict | None = None) -> None:
@@ -176,10 +172,9 @@ def check_passes(lesson: Lesson, change: dict | None = None) -> None:
         outcome = run_on(lesson, folder)
     if outcome.broken or not outcome.ended:
         raise UnsoundLessonError(f"the tests did not run: {outcome.broken}")
-    for cases in outcome.outcomes.values():
-        for case, error in cases.items():
-            if error is not None:
-                raise UnsoundLessonError(f"{case} fails on a correct solution: {error}")
+    for case, error in outcome.cases.items():
+        if error is not None:
+            raise UnsoundLessonError(f"{case} fails on a correct solution: {error}")
 
 
 def check_bug_is_caught(lesson: Lesson, bug: dict) -> None:
@@ -189,11 +184,8 @@ def check_bug_is_caught(lesson: Lesson, bug: dict) -> None:
             outcome = run_on(lesson, folder, task, "-x", profile="planted")
             if outcome.broken:
                 raise UnsoundLessonError(f"{bug['title']!r} breaks the tests: {outcome.broken}")
-            for cases in outcome.outcomes.values():
-                if any(
-                    error not in (None, "was not run", "was skipped") for error in cases.values()
-                ):
-                    return
+            if set(outcome.cases.values()) - {None, "was not run", "was skipped"}:
+                return
     raise UnsoundLessonError(f"{bug['title']!r} is not caught")
 
 

@@ -8,18 +8,24 @@ the braces, or the end of it, becomes a call that fails with the same words.
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from minipaged.course.lesson import ROOT, Lesson, LessonError, Task, tomllib
 
-OPEN_TASK = "Task {number}: {name} is still to be written"
+STILL_OPEN = "is still to be written"
+OPEN_TASK = f"Task {{number}}: {{name}} {STILL_OPEN}"
 
 
-def stub_of(lesson: Lesson, file: str, tasks: Collection[Task] | None = None) -> str:
-    """The learner's first version of a file, with all tasks of the lesson open, or only some."""
+def stub_of(lesson: Lesson, file: str) -> str:
+    """The learner's first version of a file, with all tasks of the lesson open."""
+    return with_open_tasks(file, lesson.tasks)
+
+
+def with_open_tasks(file: str, tasks: Iterable[Task]) -> str:
+    """A file of the reference without what those of these tasks that are in it ask for."""
     text = (ROOT / file).read_text("utf-8")
-    for task in lesson.tasks if tasks is None else tasks:
+    for task in tasks:
         if task.file == file:
             text = open_task(text, task)
     return text
@@ -31,7 +37,7 @@ def open_task(text: str, task: Task) -> str:
         text = plant(text, read_bug(bug))
     for name in task.empty:
         try:
-            empty = _empty_python if task.module else _empty_cuda
+            empty = _empty_python if task.is_python else _empty_cuda
             text = empty(text, name, task)
         except LookupError as error:
             raise LessonError(
@@ -42,16 +48,20 @@ def open_task(text: str, task: Task) -> str:
 
 def _empty_python(text: str, name: str, task: Task) -> str:
     node = find_function(ast.parse(text), name)
-    body = node.body
-    described = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
-    before = body[0].end_lineno if described else body[0].lineno - 1
-    assert before is not None
-    assert node.end_lineno is not None
+    given = node.body[: -len(statements(node))]  # the docstring, if there is one
+    before = given[-1].end_lineno if given else node.body[0].lineno - 1
     lines = text.splitlines(keepends=True)
     indent = " " * (node.col_offset + 4)
     message = OPEN_TASK.format(number=task.number, name=name)
     line = f'{indent}raise NotImplementedError("{message}")\n'
     return "".join([*lines[:before], line, *lines[node.end_lineno :]])
+
+
+def statements(node: ast.FunctionDef) -> list[ast.stmt]:
+    """The body of a function without its docstring."""
+    first = node.body[0]
+    described = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return node.body[1:] if described else node.body
 
 
 def find_function(tree: ast.Module, name: str) -> ast.FunctionDef:
@@ -70,19 +80,23 @@ def find_function(tree: ast.Module, name: str) -> ast.FunctionDef:
 
 
 def _empty_cuda(text: str, name: str, task: Task) -> str:
-    name, _, first = name.partition(" from ")
-    start, end = cuda_body(text, name)
-    if first:
-        place = text.find(first, start, end)
-        if place < 0:
-            raise LookupError(f"no {first!r} in {name}")
-        start = text.rindex("\n", start, place) + 1
-    else:
-        start += 1
-    message = OPEN_TASK.format(number=task.number, name=name)
+    start, end = cuda_part(text, name)
+    message = OPEN_TASK.format(number=task.number, name=name.partition(" from ")[0])
     last = text[text.rindex("\n", 0, end) + 1 : end]
     indent = last[: len(last) - len(last.lstrip())]
     return f'{text[:start]}{indent}    not_implemented("{message}");\n{indent}{text[end:]}'
+
+
+def cuda_part(text: str, name: str) -> tuple[int, int]:
+    """Where what is asked for begins and ends: a body, or all of it from a line on."""
+    name, _, first = name.partition(" from ")
+    start, end = cuda_body(text, name)
+    if not first:
+        return start + 1, end
+    place = text.find(first, start, end)
+    if place < 0:
+        raise LookupError(f"no {first!r} in {name}")
+    return text.rindex("\n", start, place) + 1, end
 
 
 def cuda_body(text: str, name: str) -> tuple[int, int]:
@@ -102,17 +116,14 @@ def reference_bodies(lesson: Lesson) -> Iterator[tuple[Task, str, str]]:
     """What a lesson asks for: the task, the function's name, and its body in the reference."""
     for task in lesson.tasks:
         text = (ROOT / task.file).read_text("utf-8")
-        for name in task.empty:
-            if task.module is None:
-                name, _, first = name.partition(" from ")
-                start, end = cuda_body(text, name)
-                yield task, name, text[text.find(first, start, end) if first else start : end]
-                continue
-            body = find_function(ast.parse(text), name).body
-            if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-                body = body[1:]
-            lines = text.splitlines(keepends=True)
-            yield task, name, "".join(lines[body[0].lineno - 1 : body[-1].end_lineno])
+        lines = text.splitlines(keepends=True)
+        for name, function in zip(task.empty, task.functions, strict=True):
+            if task.is_python:
+                body = statements(find_function(ast.parse(text), name))
+                yield task, function, "".join(lines[body[0].lineno - 1 : body[-1].end_lineno])
+            else:
+                start, end = cuda_part(text, name)
+                yield task, function, text[start:end]
 
 
 def read_bug(name: str) -> dict:

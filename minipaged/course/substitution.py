@@ -100,13 +100,13 @@ def own_files(lessons: Sequence[Lesson]) -> dict[str, Path]:
     others = [find_lesson(n) for n in assigned() if n not in {ours.number for ours in lessons}]
     for lesson in [*others, *lessons]:
         for file in lesson.files:
-            path = lesson.own_file(file)
-            for other in others if not path.exists() else ():
-                if file in other.files and other.own_file(file).exists():
-                    path = other.own_file(file)  # one file serves all lessons of an assignment
-            if not path.exists():
+            # One file serves all lessons of an assignment that ask for it.
+            homes = [lesson, *(other for other in others if file in other.files)]
+            places = [home.own_file(file) for home in homes]
+            path = next((place for place in places if place.exists()), None)
+            if path is None:
                 raise LessonError(
-                    f"lesson {lesson.number} has not begun: found no {path}; "
+                    f"lesson {lesson.number} has not begun: found no {places[0]}; "
                     f"`minipaged lesson start {lesson.number}` makes it"
                 )
             files[file] = path

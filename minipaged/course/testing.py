@@ -42,6 +42,11 @@ class TestOutcome:
     ended: bool = True
     running: str = ""
 
+    @property
+    def cases(self) -> dict[str, str | None]:
+        """The cases of all tasks."""
+        return {case: e for cases in self.outcomes.values() for case, e in cases.items()}
+
     def score(self, lesson: Lesson) -> dict[str, float]:
         """Points of each task that was tested."""
         return {
