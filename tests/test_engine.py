@@ -184,6 +184,17 @@ def test_a_known_prefix_is_not_computed_again():
     assert engine.scheduler.manager.device.num_cached == 2
 
 
+def test_a_salt_hides_a_prefix_from_the_others():
+    engine = engine_of(num_blocks=9, enable_prefix_caching=True)
+    prompt, params = list(range(8)) + [9], SamplingParams(temperature=0, max_tokens=8)
+    found = {}
+    for name, salt in [("a", b"x"), ("b", b"y"), ("c", b"x"), ("d", b"")]:
+        engine.add_request(name, prompt, params, cache_salt=salt)
+        done = [output for _ in range(8) for output in engine.step() if output.finished]
+        found[name] = done[0].num_cached_tokens
+    assert found == {"a": 0, "b": 0, "c": 8, "d": 0}
+
+
 def test_a_window_serves_a_long_output_from_a_small_pool():
     """60 tokens of a model that sees 5, where a whole context would need 15 blocks."""
     options = EngineOptions(block_size=4, num_blocks=5, max_num_batched_tokens=8, max_num_seqs=4)

@@ -75,6 +75,37 @@ def fill(manager, seq, tokens):
     return found
 
 
+@given(
+    texts=st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 2), min_size=1, max_size=16), st.sampled_from([b"", b"a", b"b"])
+        ),
+        max_size=12,
+    ),
+    block_size=st.integers(1, 4),
+    num_swapped=st.integers(0, 3),
+)
+def test_sequences_of_different_salts_share_nothing(texts, block_size, num_swapped):
+    """Who sees nothing of the others can also not find out, by the time it takes, what they sent."""
+    manager = BlockManager(block_size, 400, 400, prefix_cache=PrefixCache(block_size))
+    owners = {}  # block -> the salt it was written for
+    for seq, (tokens, salt) in enumerate(texts):
+        alone = [text for text, other in texts[:seq] if other == salt]
+        num_known = common_blocks(tokens[:-1], alone, block_size)
+        found = manager.adopt_prefix(seq, tokens, salt=salt)
+        assert found == num_known * block_size, f"of {tokens} with salt {salt}, after {texts[:seq]}"
+        manager.append(seq, len(tokens) - found)
+        for _ in range(num_swapped):  # on its way it may leave and come back
+            manager.swap_out([seq])
+            manager.swap_in([seq])
+        manager.mark_computed(seq, tokens, salt)
+        for block in manager.tables[seq].blocks[: len(tokens) // block_size]:
+            assert owners.setdefault(block, salt) == salt, f"block {block} serves two salts"
+        if not num_swapped:
+            manager.free(seq)
+        manager.check_integrity()
+
+
 def test_the_least_recently_used_prefix_goes_first_from_its_end():
     manager = BlockManager(2, 6, prefix_cache=PrefixCache(2))
     a, b = [1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]

@@ -565,6 +565,22 @@ def test_two_who_compute_the_same_end_up_with_one_copy():
 
 
 @pytest.mark.task("10.4")
+def test_sequences_of_different_salts_share_nothing():
+    story.begin()
+    manager = BlockManager(2, 9, prefix_cache=PrefixCache(2, seed=0))
+    told = Narrated(manager, "manager", memory_state, "BlockManager(2, 9, prefix_cache=...)")
+    tokens = [1, 2, 3, 4, 5]
+    for seq, salt, expected in ((0, b"", 0), (1, b"a", 0), (2, b"b", 0), (3, b"a", 4), (4, b"", 4)):
+        known = told.cached_prefix(tokens, salt)
+        assert len(known) * 2 == expected, f"blocks {known} are known for salt {salt}"
+        found = told.adopt_prefix(seq, tokens, salt=salt)
+        assert found == expected, f"{expected} tokens were computed before with salt {salt}"
+        told.append(seq, len(tokens) - found)
+        told.mark_computed(seq, tokens, salt)
+        told.free(seq)
+
+
+@pytest.mark.task("10.4")
 def test_at_least_one_token_is_left_to_compute():
     memory = Memory(2, 9)
     memory.begin(0, [1, 2, 3, 4])

@@ -36,10 +36,11 @@ class Branching:
         self._num_sequences = 0
 
     def first_sequence(
-        self, token_ids: Iterable[int], params: SamplingParams, arrival: int
+        self, token_ids: Iterable[int], params: SamplingParams, arrival: int, cache_salt: bytes
     ) -> Sequence:
         """The sequence of a new request's prompt, which is its first output later."""
-        sequence = Sequence(self._num_sequences, token_ids, self._random_key(arrival, params, 0))
+        key = self._random_key(arrival, params, 0)
+        sequence = Sequence(self._num_sequences, token_ids, key, cache_salt)
         self._num_sequences += 1
         return sequence
 

@@ -86,10 +86,12 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         priority: int = 0,
+        cache_salt: bytes = b"",
     ) -> None:
         """Queue a prompt, given as text or as token ids.
 
         priority: 0 is the most urgent; others need the scheduling policy "priority".
+        cache_salt: requests of different salts find nothing of each other in the prefix cache.
         Raises InvalidRequestError, with nothing changed, if it can never be served.
         """
         if request_id in self._requests:
@@ -106,7 +108,7 @@ class Engine:
         token_ids = self._tokens(prompt, params)
         max_tokens = self._max_tokens(len(token_ids), params)
         arrival = self._num_requests
-        sequence = self._branching.first_sequence(token_ids, params, arrival)
+        sequence = self._branching.first_sequence(token_ids, params, arrival, cache_salt)
         group = SequenceGroup(request_id, [sequence], params, arrival, priority)
         # The last token is never computed, so it needs no slot.
         self.scheduler.add(group, len(token_ids) + max_tokens - 1)
@@ -219,7 +221,10 @@ class Engine:
         owners = self._branching.owners
         growing = []
         for item in plan.scheduled:
-            completion = owners[item.seq_id].growing[item.seq_id]
+            state = owners[item.seq_id]
+            if state.num_cached_tokens is None:
+                state.num_cached_tokens = item.num_computed_tokens
+            completion = state.growing[item.seq_id]
             completion.sequence.num_computed_tokens = item.context_length
             if item.samples:
                 growing.append(completion)
@@ -227,7 +232,7 @@ class Engine:
         if manager.tracks_contents:
             for state in dict.fromkeys(owners[item.seq_id] for item in plan.scheduled):
                 for sequence in state.group.sequences:
-                    manager.mark_computed(sequence.seq_id, sequence.token_ids)
+                    manager.mark_computed(sequence.seq_id, sequence.token_ids, sequence.cache_salt)
         return growing
 
     def _check_priority(self, priority: int) -> None:

@@ -31,10 +31,14 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request and its outputs; prompt is None if it was given as token ids."""
+    """A request and its outputs; prompt is None if it was given as token ids.
+
+    num_cached_tokens: of the prompt, found in the prefix cache rather than computed.
+    """
 
     request_id: RequestId
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
+    num_cached_tokens: int = 0

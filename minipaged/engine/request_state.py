@@ -15,12 +15,14 @@ class RequestState:
     """Follows one request from its prompt to the last token of its last output.
 
     first: what the prompt's sequence will become; the others are forked from it.
+    num_cached_tokens: of the prompt, found in the prefix cache when it began.
     """
 
     def __init__(self, group: SequenceGroup, prompt: str | None, first: Completion) -> None:
         self.group = group
         self.prompt = prompt
         self.prompt_token_ids = first.sequence.token_ids.copy()
+        self.num_cached_tokens: int | None = None  # until its first step
         self.growing: dict[SequenceId, Completion] = {first.sequence.seq_id: first}
         self.completions: list[Completion] = [first]  # samples by index, or complete hypotheses
         self.search: BeamSearch | None = None
@@ -91,4 +93,5 @@ class RequestState:
             prompt_token_ids=self.prompt_token_ids,
             outputs=[completion.output(index) for index, completion in enumerate(best)],
             finished=not self.growing,
+            num_cached_tokens=self.num_cached_tokens or 0,
         )

@@ -63,7 +63,7 @@ class PrefixCache:
         return self.num_hit_tokens / max(1, self.num_queried_tokens)
 
     def chain(self, before: PrefixHash, tokens: Tokens) -> PrefixHash:
-        """Hash of a block's tokens behind a prefix; the empty prefix has the empty hash."""
+        """Hash of a block's tokens behind a prefix; the hash of the empty prefix is the salt."""
         digest = hashlib.blake2b(before, digest_size=16, key=self._key)
         digest.update(array("q", tokens).tobytes())
         return digest.digest()
@@ -75,10 +75,15 @@ class PrefixCache:
             return None
         return entry.block
 
-    def find(self, token_ids: Sequence[int], most_blocks: int) -> list[BlockId]:
-        """The longest known prefix of these tokens, in full blocks, at most `most_blocks`."""
+    def find(
+        self, token_ids: Sequence[int], most_blocks: int, salt: PrefixHash = b""
+    ) -> list[BlockId]:
+        """The longest known prefix of these tokens, in full blocks, at most `most_blocks`.
+
+        salt: what the first block is chained to; sequences of different salts share nothing.
+        """
         blocks: list[BlockId] = []
-        prefix = b""
+        prefix = salt
         for start in range(0, most_blocks * self.block_size, self.block_size):
             tokens = tuple(token_ids[start : start + self.block_size])
             prefix = self.chain(prefix, tokens)

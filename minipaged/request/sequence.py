@@ -40,6 +40,7 @@ class Sequence:
     __slots__ = (
         "_random",
         "_random_key",
+        "cache_salt",
         "num_computed_tokens",
         "num_prompt_tokens",
         "resume_from",
@@ -52,8 +53,10 @@ class Sequence:
         seq_id: SequenceId,
         prompt_token_ids: Iterable[int],
         random_key: tuple[int, ...] = (0,),
+        cache_salt: bytes = b"",
     ) -> None:
         self.seq_id = seq_id
+        self.cache_salt = cache_salt
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
@@ -71,7 +74,7 @@ class Sequence:
 
     def fork(self, seq_id: SequenceId, random_key: tuple[int, ...] = (0,)) -> Sequence:
         """A sequence with the same tokens so far and a random stream of its own."""
-        child = Sequence(seq_id, self.token_ids, random_key)
+        child = Sequence(seq_id, self.token_ids, random_key, self.cache_salt)
         child.num_prompt_tokens = self.num_prompt_tokens
         child.num_computed_tokens = self.num_computed_tokens
         return child

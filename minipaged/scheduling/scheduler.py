@@ -201,12 +201,12 @@ class Scheduler:
         manager, first = self.manager, group.sequences[0]
         needed = self._blocks_to_catch_up(group) + kept_free
         if not manager.has_room_to_begin(first.seq_id, needed):
-            prefix = manager.cached_prefix(first.token_ids)
+            prefix = manager.cached_prefix(first.token_ids, first.cache_salt)
             saved = sum(manager.device.ref_count(block) > 0 for block in prefix)
             if not manager.has_room_to_begin(first.seq_id, needed - saved):
                 return False
         first.num_computed_tokens = manager.adopt_prefix(
-            first.seq_id, first.token_ids, is_counted=not group.was_recomputed
+            first.seq_id, first.token_ids, not group.was_recomputed, first.cache_salt
         )
         return True
 

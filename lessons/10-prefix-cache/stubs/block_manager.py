@@ -189,11 +189,20 @@ class BlockManager:
             table.allocator = target
         return [BlockCopy(*pair) for pair in moved.items()]
 
-    def cached_prefix(self, token_ids: Sequence[int]) -> list[BlockId]:
-        """Blocks of the longest known prefix that leaves at least one token to compute."""
+    def cached_prefix(self, token_ids: Sequence[int], salt: PrefixHash = b"") -> list[BlockId]:
+        """Blocks of the longest known prefix that leaves at least one token to compute.
+
+        salt: see `PrefixCache.find`.
+        """
         raise NotImplementedError("Task 10.4: BlockManager.cached_prefix is still to be written")
 
-    def adopt_prefix(self, seq_id: int, token_ids: Sequence[int], is_counted: bool = True) -> int:
+    def adopt_prefix(
+        self,
+        seq_id: int,
+        token_ids: Sequence[int],
+        is_counted: bool = True,
+        salt: PrefixHash = b"",
+    ) -> int:
         """Begin a sequence's table with the blocks of its known prefix; returns its tokens.
 
         A cached block that nobody holds is a free block, and taken like one.  Counts as a query
@@ -206,7 +215,7 @@ class BlockManager:
         """Whether `mark_computed` does anything: with a sliding window or a prefix cache."""
         return self.sliding_window is not None or self.prefix_cache is not None
 
-    def mark_computed(self, seq_id: int, token_ids: Sequence[int]) -> None:
+    def mark_computed(self, seq_id: int, token_ids: Sequence[int], salt: PrefixHash = b"") -> None:
         """All tokens that have a slot are in it now; to be called after every step.
 
         Frees the blocks that fell out of the sliding window, and makes full blocks known to the
@@ -219,10 +228,15 @@ class BlockManager:
             # The next token sees itself and the window - 1 tokens before it.
             table.drop_before(table.num_tokens - self.sliding_window + 1)
         if self.prefix_cache is not None:
-            self._remember(self.prefix_cache, seq_id, table, token_ids)
+            self._remember(self.prefix_cache, seq_id, table, token_ids, salt)
 
     def _remember(
-        self, cache: PrefixCache, seq_id: int, table: BlockTable, token_ids: Sequence[int]
+        self,
+        cache: PrefixCache,
+        seq_id: int,
+        table: BlockTable,
+        token_ids: Sequence[int],
+        salt: PrefixHash,
     ) -> None:
         """Make the full blocks of a table known.
 

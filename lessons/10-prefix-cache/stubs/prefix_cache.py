@@ -63,15 +63,20 @@ class PrefixCache:
         return self.num_hit_tokens / max(1, self.num_queried_tokens)
 
     def chain(self, before: PrefixHash, tokens: Tokens) -> PrefixHash:
-        """Hash of a block's tokens behind a prefix; the empty prefix has the empty hash."""
+        """Hash of a block's tokens behind a prefix; the hash of the empty prefix is the salt."""
         raise NotImplementedError("Task 10.1: PrefixCache.chain is still to be written")
 
     def look_up(self, prefix: PrefixHash, parent: BlockId | None, tokens: Tokens) -> BlockId | None:
         """The block with these tokens behind that parent; None if there is none."""
         raise NotImplementedError("Task 10.2: PrefixCache.look_up is still to be written")
 
-    def find(self, token_ids: Sequence[int], most_blocks: int) -> list[BlockId]:
-        """The longest known prefix of these tokens, in full blocks, at most `most_blocks`."""
+    def find(
+        self, token_ids: Sequence[int], most_blocks: int, salt: PrefixHash = b""
+    ) -> list[BlockId]:
+        """The longest known prefix of these tokens, in full blocks, at most `most_blocks`.
+
+        salt: what the first block is chained to; sequences of different salts share nothing.
+        """
         raise NotImplementedError("Task 10.2: PrefixCache.find is still to be written")
 
     def insert(

@@ -86,10 +86,12 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         priority: int = 0,
+        cache_salt: bytes = b"",
     ) -> None:
         """Queue a prompt, given as text or as token ids.
 
         priority: 0 is the most urgent; others need the scheduling policy "priority".
+        cache_salt: requests of different salts find nothing of each other in the prefix cache.
         Raises InvalidRequestError, with nothing changed, if it can never be served.
         """
         if request_id in self._requests:
@@ -106,7 +108,7 @@ class Engine:
         token_ids = self._tokens(prompt, params)
         max_tokens = self._max_tokens(len(token_ids), params)
         arrival = self._num_requests
-        sequence = self._branching.first_sequence(token_ids, params, arrival)
+        sequence = self._branching.first_sequence(token_ids, params, arrival, cache_salt)
         group = SequenceGroup(request_id, [sequence], params, arrival, priority)
         # The last token is never computed, so it needs no slot.
         self.scheduler.add(group, len(token_ids) + max_tokens - 1)
