@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import typer
 
-from minipaged.cli import bench_machine  # noqa: F401  (adds its commands to bench)
+from minipaged.cli import bench_machine, bench_serve  # noqa: F401  (add their commands to bench)
 from minipaged.cli.bench import bench
 from minipaged.cli.course import course_app
 from minipaged.cli.generate import INTERRUPTED, chat, complain, generate
 from minipaged.cli.lesson import lesson_app
+from minipaged.cli.serve import serve
 from minipaged.cli.simulate import reproduce, simulate, tune_block_size
 from minipaged.errors import MinipagedError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.command()(simulate)
 app.command()(reproduce)
 app.command("tune-block-size")(tune_block_size)
