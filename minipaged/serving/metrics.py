@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -53,12 +54,14 @@ class Metrics:
         self._ended = Counter(
             "minipaged_requests", "Requests that ended, and how", ["outcome"], registry=registry
         )
-        self._last_token: dict[RequestId, float] = {}
+        self._last_tokens: WeakKeyDictionary[Stream, dict[RequestId, float]] = WeakKeyDictionary()
 
     def observe(self, stream: Stream, output: RequestOutput, when: float) -> None:
         """Take note of an output; see `AsyncEngine.observers`."""
-        before = self._last_token.get(output.request_id)
-        reason = output.outputs[0].finish_reason if output.finished else None
+        last_tokens = self._last_tokens.setdefault(stream, {})
+        before = last_tokens.get(output.request_id)
+        reasons = [completion.finish_reason for completion in output.outputs]
+        reason = "abort" if "abort" in reasons else reasons[0] if output.finished else None
         if reason != "abort":  # an aborted request got no token with it
             if before is None:
                 self._first_token.observe(when - stream.arrived)
@@ -66,9 +69,8 @@ class Metrics:
                 self._cached_tokens.inc(output.num_cached_tokens)
             else:
                 self._inter_token.observe(when - before)
-        self._last_token[output.request_id] = when
+        last_tokens[output.request_id] = when
         if output.finished:
-            del self._last_token[output.request_id]
             self._end_to_end.observe(when - stream.arrived)
             self._generated_tokens.inc(sum(len(c.token_ids) for c in output.outputs))
             self._ended.labels(reason or "stop").inc()

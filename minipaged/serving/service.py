@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 
 from pydantic import BaseModel
 
@@ -18,7 +19,7 @@ from minipaged.models.tokenizer import Tokenizer
 from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import RequestId
 from minipaged.serving.answers import Answer, ChatAnswer, CompletionAnswer, Growth, usage
-from minipaged.serving.async_engine import AsyncEngine, QueueFullError
+from minipaged.serving.async_engine import Observer, QueueFullError
 from minipaged.serving.failures import APIError, to_api_error
 from minipaged.serving.metrics import Metrics
 from minipaged.serving.protocol import (
@@ -28,7 +29,30 @@ from minipaged.serving.protocol import (
     GenerationRequest,
     ModelCard,
 )
+from minipaged.serving.state import EngineState
 from minipaged.serving.stream import NewRequest, Stream
+
+
+class Engines(Protocol):
+    """What serves requests: an AsyncEngine, or several of them elsewhere."""
+
+    observers: list[Observer]
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether new requests are taken."""
+
+    async def add(self, requests: Sequence[NewRequest]) -> Stream:
+        """Queue requests, all or none; returns when they are accepted."""
+
+    def abort(self, stream: Stream) -> None:
+        """End the requests of a stream; those that ended before are left alone."""
+
+    async def state(self) -> EngineState:
+        """How the engines stand."""
+
+    async def stop(self) -> None:
+        """End all requests."""
 
 
 class Service:
@@ -39,7 +63,7 @@ class Service:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: Engines,
         model: str,
         tokenizer: Tokenizer | None,
         context_length: int,
@@ -139,7 +163,7 @@ class Exchange:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: Engines,
         stream: Stream,
         answer: Answer,
         n: int,

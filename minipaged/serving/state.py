@@ -5,7 +5,8 @@ Made in the engine's thread, by way of `AsyncEngine.ask`; read anywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import astuple, dataclass
 
 from minipaged.engine.engine import Engine
 from minipaged.request.sequence import Status
@@ -33,6 +34,10 @@ class EngineState:
     recomputations: int
     swaps: int
     steps: int
+
+    def __add__(self, other: EngineState) -> EngineState:
+        """Of two engines together."""
+        return EngineState(*map(operator.add, astuple(self), astuple(other)))
 
 
 def engine_state(engine: Engine) -> EngineState:

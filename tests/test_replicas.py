@@ -1,0 +1,179 @@
+"""Two replicas behind one endpoint, in real processes of Ray; the choice by prefix is real too."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from minipaged.engine.builder import EngineOptions, load_engine
+from minipaged.request.sampling_params import SamplingParams
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'minipaged[ray]'")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+BLOCKS = 64
+
+
+@pytest.fixture(scope="module")
+def url():
+    """Where two replicas of the shipped model are served, with two keys that are set apart."""
+    from ray import serve
+
+    from minipaged.serving.replicas import Arguments, build
+
+    os.environ["MINIPAGED_API_KEY"] = "one two"
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 * 2**20,
+    )
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        serve.start(http_options={"port": port})
+        arguments = Arguments(num_replicas=2, num_blocks=BLOCKS, isolate_keys=True)
+        serve.run(build(arguments), route_prefix="/")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        del os.environ["MINIPAGED_API_KEY"]
+        serve.shutdown()
+        ray.shutdown()
+
+
+def complete(url, prompt, key="one", **fields):
+    fields = {"prompt": prompt, "max_tokens": 8, "temperature": 0, **fields}
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{url}/v1/completions", json=fields, headers=headers, timeout=120)
+
+
+def cached(answer):
+    return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def stream(url, prompt, **fields):
+    """A stream of many tokens, to be used in a `with` statement."""
+    fields = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True, "stream": True, **fields}
+    headers = {"Authorization": "Bearer one"}
+    return httpx.stream("POST", f"{url}/v1/completions", json=fields, headers=headers, timeout=120)
+
+
+def states():
+    """How the engine of each replica stands."""
+    from ray import serve
+
+    return serve.get_deployment_handle("replica", "default").broadcast("state").results()
+
+
+def both_live():
+    try:
+        return len(states()) == 2
+    except ray.exceptions.RayError:  # one of them has just died
+        return False
+
+
+def until(condition, seconds=60):
+    """Wait for something that takes a moment."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.1)
+
+
+def test_answers_are_those_of_one_engine(url):
+    prompts = ["ROMEO:", "To be, or", "O, what light", "KING:"]
+    answer = complete(url, prompts, max_tokens=12).json()
+    engine = load_engine("tiny", EngineOptions(num_blocks=BLOCKS))
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, SamplingParams(temperature=0, max_tokens=12))
+    texts = {}
+    while engine.has_unfinished_requests:
+        texts.update((output.request_id, output.outputs[0].text) for output in engine.step())
+    assert {str(c["index"]): c["text"] for c in answer["choices"]} == texts
+
+
+def test_a_prompt_goes_where_its_prefix_is(url):
+    before = [state.steps for state in states()]
+    firsts, others = [complete(url, [token] * 40) for token in (31, 32)], []
+    assert [cached(answer) for answer in firsts] == [0, 0]
+    assert all(now.steps > then for now, then in zip(states(), before, strict=True)), (
+        "two prompts that have nothing in common were sent to one replica"
+    )
+    for last in range(3):
+        others += [complete(url, [token] * 40 + [last]) for token in (31, 32)]
+    assert [cached(answer) for answer in others] == [32] * 6
+    assert cached(complete(url, [31] * 40, key="two")) == 0, "another key found the prefix"
+
+
+def test_what_a_replica_refuses_reaches_the_client(url):
+    answer = complete(url, [5] * 600)
+    assert answer.status_code == 400
+    assert "the prompt has 600 tokens and the model's context 512" in answer.text
+    assert complete(url, "ROMEO:", key="three").status_code == 401
+
+
+def test_a_client_that_goes_frees_its_blocks(url):
+    before = sum(state.steps for state in states())
+    with stream(url, "ROMEO:") as response:
+        next(response.iter_lines())
+    until(lambda: sum(state.running + state.exclusive_blocks for state in states()) == 0)
+    assert sum(state.steps for state in states()) < before + 400, "it ran to its end"
+
+
+def test_a_replica_that_dies_ends_its_requests_and_is_replaced(url):
+    with stream(url, [41] * 40) as one, stream(url, [42] * 40) as two:
+        lines = [response.iter_lines() for response in (one, two)]
+        for line in lines:
+            next(line)
+        os.kill(replica_processes()[0], signal.SIGKILL)
+        ends = [json.loads(last(line).removeprefix("data: ")) for line in lines]
+    lost = [end["error"] for end in ends if "error" in end]
+    whole = [end for end in ends if "choices" in end]
+    assert [error["type"] for error in lost] == ["server_error"]
+    assert "the replica that had this request has ended" in lost[0]["message"]
+    assert [end["choices"][0]["finish_reason"] for end in whole] == ["length"]
+    assert complete(url, "ROMEO:").status_code == 200, "the other replica serves on"
+    until(both_live, 120)
+
+
+def last(lines):
+    """The last event before [DONE]."""
+    return [line for line in lines if line and line != "data: [DONE]"][-1]
+
+
+def replica_processes():
+    """Process ids of the replicas, by the names that Ray gives to its processes."""
+    found = []
+    for process in os.listdir("/proc"):
+        if process.isdecimal():
+            try:
+                name = Path(f"/proc/{process}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if name.startswith(b"ray::ServeReplica:default:replica"):
+                found.append(int(process))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"num_replicas": 0}, "num_replicas"), ({"modle": "tiny"}, "modle")],
+)
+def test_wrong_arguments_are_named(given, message):
+    from pydantic import ValidationError
+
+    from minipaged.serving.replicas import Arguments
+
+    with pytest.raises(ValidationError, match=message):
+        Arguments(**given)
