@@ -25,3 +25,7 @@ class ModelLoadError(MinipagedError, RuntimeError):
 
 class OutOfBlocksError(MinipagedError, RuntimeError):
     """A pool has no free block left; the scheduler asks first, so only direct callers see it."""
+
+
+class RankDiedError(MinipagedError, RuntimeError):
+    """A tensor-parallel rank ended before the others, which cannot go on without it."""

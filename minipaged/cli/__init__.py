@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from minipaged.cli import bench_machine, bench_serve  # noqa: F401  (add their commands to bench)
+from minipaged.cli import bench_machine, bench_parallel, bench_serve  # noqa: F401  (for bench)
 from minipaged.cli.bench import bench
 from minipaged.cli.course import course_app
 from minipaged.cli.generate import INTERRUPTED, chat, complain, generate

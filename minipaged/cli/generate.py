@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from minipaged.cli.options import (
     NumBlocksOption,
     PreemptionOption,
     PrefixOption,
+    RanksOption,
     SeedOption,
     SeqsOption,
     SwapOption,
@@ -71,6 +73,7 @@ def generate(
     swap_gib: SwapOption = None,
     prefix_cache: PrefixOption = False,
     attention: AttentionOption = "auto",
+    tensor_parallel_size: RanksOption = None,
     lessons: LessonsOption = None,
 ) -> None:
     """Complete one or several prompts and show where their blocks lay."""
@@ -110,6 +113,7 @@ def generate(
         swap_space_gib=swap_gib,
         enable_prefix_caching=prefix_cache,
         attention=attention,
+        tensor_parallel_size=tensor_parallel_size,
         seed=seed,
     )
     trace = Trace()
@@ -154,6 +158,7 @@ def chat(
     block_size: BlockSizeOption = 16,
     num_blocks: NumBlocksOption = None,
     attention: AttentionOption = "auto",
+    tensor_parallel_size: RanksOption = None,
 ) -> None:
     """Talk to a model that has a chat template.  An empty line or end of file ends it.
 
@@ -170,6 +175,7 @@ def chat(
         block_size=block_size,
         num_blocks=num_blocks,
         attention=attention,
+        tensor_parallel_size=tensor_parallel_size,
         max_num_seqs=1,
         enable_prefix_caching=True,
         seed=seed,
@@ -243,5 +249,10 @@ def _shorten(text: str, width: int = 40) -> str:
 
 
 def complain(sentence: str) -> None:
-    """Say on standard error what is wrong."""
+    """Say on standard error what is wrong; under torchrun all ranks have one voice, rank 0's."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        from minipaged.distributed.launch import tell_rank_0
+
+        if tell_rank_0(sentence):
+            return
     print(f"minipaged: {sentence}", file=sys.stderr)

@@ -36,6 +36,13 @@ AttentionOption = Annotated[
         help="auto, torch, native (compiled), cuda (the default with a GPU), emulated, reference"
     ),
 ]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel-size",
+        help="ranks that divide the model among them; torchrun's if left out, else 1",
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="of the random streams")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figures to a file")]
 MaxTokensOption = Annotated[int, typer.Option(help="output tokens per prompt")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Annotated, Any
 
 import typer
@@ -86,7 +86,7 @@ def serve(
         "seed": seed,
     }
     options = ServerOptions(
-        model=served_model_name or Path(model).name,
+        model=served_model_name or os.path.basename(os.path.abspath(model)),
         host=host,
         port=port,
         api_keys=api_key or (),

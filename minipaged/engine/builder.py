@@ -54,8 +54,8 @@ class EngineOptions:
     dtype: of weights and cache; "auto" is the checkpoint's.
     block_size: tokens per KV block.
     num_blocks: blocks of the pool; None takes as many as `kv_cache_gib` holds.
-    kv_cache_gib: memory budget of the pool in GiB; None is a tenth of the machine's memory, or
-        nine tenths of what is free on the GPU.
+    kv_cache_gib: memory budget of the pool in GiB, of each rank; None is a tenth of the machine's
+        memory, divided among its ranks, or nine tenths of what is free on the GPU.
         Either way the pool never outgrows what max_num_seqs full contexts can use.
     max_num_seqs: sequences that run at a time.
     max_num_batched_tokens: tokens computed per step; None is 2048, or max_num_seqs if larger.
@@ -63,8 +63,8 @@ class EngineOptions:
         those with small max_tokens first, within bounds.
     preemption: of a group that has to make room: "recompute", "swap", or "auto", whichever is
         estimated to be cheaper.
-    swap_space_gib: memory for swapped blocks in GiB; None is as much as the pool has, and more
-        than that is never taken.
+    swap_space_gib: memory for swapped blocks in GiB, of each rank; None is as much as the pool
+        has, and more than that is never taken.
     memory_policy: "paged", or a contiguous reservation for every request, to compare with:
         "orca-max", "orca-pow2" or "orca-oracle", which reserve the model's context, the output
         rounded up to a power of two, or just enough; "static" is "orca-max" in static batches.
@@ -75,6 +75,8 @@ class EngineOptions:
         is "cuda" where there is a GPU. The model runs on the GPU with "cuda", else on the CPU.
     enforce_eager: on a GPU, launch every operator of a decoding step from Python instead of
         replaying the step as a CUDA graph.
+    tensor_parallel_size: ranks among which the model is divided; None is as many as torchrun
+        started, or 1.  The others than rank 0 are started here where there is no torchrun.
     debug: fill freed blocks with NaN and check every invariant after every step.
     """
 
@@ -93,6 +95,7 @@ class EngineOptions:
     prefix_cache_seed: int | None = None
     attention: str = "auto"
     enforce_eager: bool = False
+    tensor_parallel_size: int | None = None
     debug: bool = False
 
 
@@ -108,10 +111,22 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
 def load_engine(model: str | Path, options: EngineOptions | None = None) -> Engine:
     """An engine for a model by name, path or hub id."""
     options = options or EngineOptions()
+    if is_parallel(options):
+        from minipaged.distributed.launch import load_parallel_engine
+
+        return load_parallel_engine(model, options)
     decoder, tokenizer = load_decoder(
         model, dtype=parse_dtype(options.dtype), device=device_of(options.attention)
     )
     return build_engine(decoder, tokenizer, options)
+
+
+def is_parallel(options: EngineOptions) -> bool:
+    """Whether the model is divided among ranks: if it is asked for, or torchrun started some."""
+    size = options.tensor_parallel_size
+    if size is not None and size < 1:
+        raise ConfigurationError(f"tensor_parallel_size is {size}; it must be at least 1")
+    return (size or 1) > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> Engine:
@@ -123,19 +138,9 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
         num_blocks = blocks_within_budget(config, dtype, options)
     preemption = Preemption(options.preemption, preemption_costs(decoder, options.block_size))
     manager = block_manager(config, dtype, num_blocks, options)
-    shape = cache_shape(config, num_blocks, options.block_size)
-    shape = dataclasses.replace(shape, num_host_blocks=manager.host.num_blocks)
-    attention = attention_backend(options.attention, options.debug)
-    operations = graphs = None
-    if isinstance(attention, KernelAttention):
-        operations = attention.cache_operations(dtype, config.head_dim)
-    device = decoder.embed_tokens.weight.device
-    cache = KVCache(shape, dtype, device, options.debug, operations)
-    replays = cache.device.type == "cuda" and not options.enforce_eager
-    if isinstance(attention, KernelAttention) and replays:
-        graphs = DecodeGraphs(decoder, cache, attention, options.max_num_seqs)
+    runner = build_runner(decoder, num_blocks, options)
     if options.debug:
-        manager.device.on_free = cache.poison
+        manager.device.on_free = runner.cache.poison
     budget = options.max_num_batched_tokens
     static = options.memory_policy == "static"
     if budget is None:
@@ -146,14 +151,14 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
         "KV cache: %d blocks of %d tokens, %.1f MiB in %s%s%s; attention: %s",
         num_blocks,
         options.block_size,
-        cache.num_bytes / 2**20,
+        runner.cache.num_bytes / 2**20,
         str(dtype).removeprefix("torch."),
         " (chosen from the memory budget)" if options.num_blocks is None else "",
         f", {manager.host.num_blocks} more to swap to" if manager.host.num_blocks else "",
         backend_name(options.attention),
     )
     return Engine(
-        ModelRunner(decoder, cache, attention, graphs),
+        runner,
         Scheduler(
             manager,
             options.max_num_seqs,
@@ -168,6 +173,25 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
         eos_token_ids=config.eos_token_ids,
         seed=options.seed,
     )
+
+
+def build_runner(decoder: Decoder, num_blocks: int, options: EngineOptions) -> ModelRunner:
+    """What computes a step: the decoder with a cache of its own, and an attention to read it."""
+    config, weight = decoder.config, decoder.embed_tokens.weight
+    shape = dataclasses.replace(
+        cache_shape(config, num_blocks, options.block_size),
+        num_host_blocks=host_blocks(config, weight.dtype, num_blocks, options),
+    )
+    attention = attention_backend(options.attention, options.debug)
+    operations = graphs = None
+    if isinstance(attention, KernelAttention):
+        operations = attention.cache_operations(weight.dtype, config.head_dim)
+    cache = KVCache(shape, weight.dtype, weight.device, options.debug, operations)
+    # What the ranks say to each other is not recorded in graphs.
+    replays = weight.is_cuda and not options.enforce_eager and decoder.shard.size == 1
+    if isinstance(attention, KernelAttention) and replays:
+        graphs = DecodeGraphs(decoder, cache, attention, options.max_num_seqs)
+    return ModelRunner(decoder, cache, attention, graphs)
 
 
 def block_manager(
@@ -238,11 +262,16 @@ def preemption_costs(decoder: Decoder, block_size: int) -> PreemptionCosts:
     )
 
 
-def blocks_within_budget(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:
-    """Blocks that the memory budget holds, but no more than could ever be used."""
+def blocks_within_budget(
+    config: ModelConfig, dtype: torch.dtype, options: EngineOptions, ranks_here: int = 1
+) -> int:
+    """Blocks that the memory budget holds, but no more than could ever be used.
+
+    ranks_here: ranks that share this machine's memory.
+    """
     if options.block_size < 1:
         raise ConfigurationError(f"block_size is {options.block_size}; it must be at least 1")
-    budget = default_cache_memory(options.attention)
+    budget = default_cache_memory(options.attention, ranks_here)
     if options.kv_cache_gib is not None:
         budget = options.kv_cache_gib * 2**30
     bytes_per_block = cache_shape(config, 1, options.block_size).bytes_per_block(dtype)
@@ -256,12 +285,12 @@ def blocks_within_budget(config: ModelConfig, dtype: torch.dtype, options: Engin
     return min(affordable, options.max_num_seqs * blocks_per_context)
 
 
-def default_cache_memory(attention: str) -> float:
+def default_cache_memory(attention: str, ranks_here: int = 1) -> float:
     """Bytes of the pool if nothing else is said."""
     if device_of(attention) == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return 0.9 * free
-    return physical_memory() / 10
+    return physical_memory() / 10 / ranks_here
 
 
 def physical_memory() -> int:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Sequenced
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from minipaged.engine.builder import EngineOptions, load_engine
 from minipaged.engine.engine import Prompt
@@ -15,12 +15,20 @@ from minipaged.errors import InvalidRequestError
 from minipaged.request.sampling_params import SamplingParams
 
 
+@runtime_checkable
+class Closing(Protocol):
+    """A runner that has something to end."""
+
+    def close(self) -> object: ...
+
+
 class LLM:
     """A model, its KV cache and a scheduler behind one call.
 
     model: "tiny" (shipped), "smollm2", a Hugging Face directory, a GGUF file or a hub id.
     The keyword arguments are those of EngineOptions: dtype, block_size, num_blocks,
-    max_num_seqs, max_num_batched_tokens, seed and so on.
+    max_num_seqs, max_num_batched_tokens, seed and so on.  With tensor_parallel_size=2 a second
+    process has half of the model; it ends with `close`, with this object, or with this process.
 
     >>> llm = LLM(num_blocks=64)
     >>> [output] = llm.generate("ROMEO:", SamplingParams(max_tokens=20))
@@ -30,6 +38,17 @@ class LLM:
         show_messages()
         self.engine = load_engine(model, EngineOptions(**options))
         self._num_requests = 0
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; nothing can be generated with them any more."""
+        if isinstance(self.engine.runner, Closing):
+            self.engine.runner.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def generate(
         self,

@@ -21,6 +21,7 @@ from minipaged.evaluation.kernel import KernelTime
 from minipaged.evaluation.kernel_resources import KernelResources
 from minipaged.evaluation.latency import Latency
 from minipaged.evaluation.memory_policies import PolicyRun
+from minipaged.evaluation.parallel import ParallelRun
 from minipaged.evaluation.perplexity import Loss
 from minipaged.evaluation.prefix_replay import Replay
 from minipaged.evaluation.scheduler_cost import SchedulerCost
@@ -63,6 +64,25 @@ def show_throughput(console: Console, measurements: list[Measurement]) -> None:
     if ours.shares is not None:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in ours.shares.items())
         console.print(f"time of minipaged: {shares}")
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+
+
+def show_parallel(console: Console, runs: list[ParallelRun]) -> None:
+    """Throughput by the number of ranks, and the bytes of an average step of each kind."""
+    table = Table("ranks", "tokens/s", "bytes per step", "counted", "formula")
+    for run in runs:
+        rows = [
+            (kind.replace("_", "-"), getattr(run.counted, kind), getattr(run.formula, kind))
+            for kind in ("control", "all_reduce", "gather")
+        ]
+        for number, (kind, counted, formula) in enumerate(rows if run.ranks > 1 else [("", 0, 0)]):
+            first = ("", "") if number else (str(run.ranks), f"{run.tokens_per_second:.1f}")
+            each = (f"{total / run.steps:,.0f}" for total in (counted, formula))
+            table.add_row(*first, kind, *each)
+        if run.ranks > 1:
+            sent = "unknown" if run.loopback is None else f"{run.loopback / run.steps:,.0f}"
+            table.add_row("", "", "on the wire", sent, f"{run.on_the_wire / run.steps:,.0f}")
+    console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
 
 

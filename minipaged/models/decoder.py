@@ -4,6 +4,9 @@ The network sees a flat list of tokens, prompt and decoding tokens of all sequen
 and never learns where one sequence ends: only attention needs to know, and attention is
 the `attend` callback.  The engine passes one that pages, the training script one that does
 not.  Queries, keys and values are one projection, and so are gate and up.
+
+A tensor-parallel rank builds it of its own heads and rows, and adds up with the others what they
+compute: the embedding once, and each layer's attention and MLP.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minipaged.models import rotary
+from minipaged.models.collectives import ONE_RANK, Collectives
 from minipaged.models.config import Activation, ModelConfig
+from minipaged.models.shard import WHOLE, Shard
 
 
 class Attend(Protocol):
@@ -48,9 +53,11 @@ def _norm(config: ModelConfig, size: int) -> nn.Module:
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, collectives: Collectives = ONE_RANK
+    ) -> None:
         super().__init__()
-        self.config, self.index = config, index
+        self.config, self.index, self.collectives = config, index, collectives
         hidden, attended = config.hidden_size, config.num_heads * config.head_dim
         widened = config.intermediate_size * (2 if config.gated_mlp else 1)
         self.attention_norm = _norm(config, hidden)
@@ -69,8 +76,9 @@ class DecoderLayer(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         attend: Attend,
     ) -> Float[Tensor, "tokens hidden"]:
-        residual = residual + self._attention(self.attention_norm(residual), rotation, attend)
-        return residual + self._mlp(self.mlp_norm(residual))
+        attended = self._attention(self.attention_norm(residual), rotation, attend)
+        residual = residual + self.collectives.all_reduce(attended)
+        return residual + self.collectives.all_reduce(self._mlp(self.mlp_norm(residual)))
 
     def _attention(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attend: Attend
@@ -96,20 +104,32 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids in, logits out; the rows of `up_proj` are gate first, then up, if gated."""
+    """Token ids in, logits out; the rows of `up_proj` are gate first, then up, if gated.
+
+    whole_config: of the model; `config` is what this rank has of it.
+    """
 
     rotation_table: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        whole_config: ModelConfig,
+        shard: Shard = WHOLE,
+        collectives: Collectives = ONE_RANK,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.whole_config, self.shard, self.collectives = whole_config, shard, collectives
+        self.config = config = shard.local_config(whole_config)
+        self.vocabulary = shard.vocabulary(config).kept
+        self.embed_tokens = nn.Embedding(len(self.vocabulary), config.hidden_size)
         if config.rope is None:
             rows = config.max_positions + config.learned_position_offset
             self.embed_positions = nn.Embedding(rows, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, collectives) for i in range(config.num_layers)
+        )
         self.final_norm = _norm(config, config.hidden_size)
-        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, len(self.vocabulary), bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("rotation_table", torch.empty(0), persistent=False)
@@ -122,7 +142,7 @@ class Decoder(nn.Module):
         logits_at: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "rows vocab"]:
         """Logits of the tokens at `logits_at` (all if None); the others skip the largest matrix."""
-        x = self.embed_tokens(token_ids)
+        x = self._embed(token_ids)
         rotation = None
         if self.config.rope is None:
             x = x + self.embed_positions(positions + self.config.learned_position_offset)
@@ -132,7 +152,15 @@ class Decoder(nn.Module):
             x = layer(x, rotation, attend)
         if logits_at is not None:
             x = x[logits_at]
-        return self.lm_head(self.final_norm(x))
+        logits = self.lm_head(self.final_norm(x))
+        return self.collectives.gather_logits(logits, self.config.vocab_size)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """Each rank looks up the tokens whose rows it has; together they have them all."""
+        rows = token_ids - self.vocabulary.start
+        elsewhere = (rows < 0) | (rows >= len(self.vocabulary))
+        x = self.embed_tokens(rows.masked_fill(elsewhere, 0))
+        return self.collectives.all_reduce(x.masked_fill(elsewhere.unsqueeze(-1), 0))
 
     def _rotation_table(self, dtype: torch.dtype) -> Tensor:
         """The table of all positions, made at the first step: the loader builds on `meta`."""

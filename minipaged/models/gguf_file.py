@@ -48,6 +48,10 @@ class GGUFFile:
                 "supported, so choose a Hugging Face directory of this model"
             )
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._shapes = {  # outermost dimension first; the file has them reversed
+            name: tuple(int(size) for size in reversed(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
         self.config = self._read_config()
 
     def _get(self, name: str, default: Any = None) -> Any:
@@ -88,23 +92,23 @@ class GGUFFile:
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, outermost dimension first; the file has them reversed."""
-        return {
-            name: tuple(int(size) for size in reversed(tensor.shape))
-            for name, tensor in self._tensors.items()
-        }
+        """Shape of every tensor, outermost dimension first."""
+        return self._shapes
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in float32, its rows in the order of Hugging Face."""
+    def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
+        """Part of one tensor in float32, its rows in the order of Hugging Face.
+
+        part: whole heads, where the rows are those of queries or keys.  Its rows alone are read;
+            of a row all is, for it is quantized in blocks.
+        """
         tensor = self._tensors[name]
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        rows, *columns = part
+        values = gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
         # What was not quantized is still the mapped file, which must not be written.
         result = torch.from_numpy(values if values.flags.writeable else values.copy())
-        if ".attn_q." in name:
-            return neighbours_to_halves(result, self.config.num_heads)
-        if ".attn_k." in name:
-            return neighbours_to_halves(result, self.config.num_kv_heads)
-        return result
+        if ".attn_q." in name or ".attn_k." in name:
+            result = neighbours_to_halves(result, len(result) // self.config.head_dim)
+        return result[:, columns[0]] if columns else result
 
     def tokenizer(self) -> Tokenizer:
         """The byte-level BPE tokenizer of the metadata."""

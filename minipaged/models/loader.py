@@ -10,19 +10,21 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from minipaged.errors import ModelLoadError
+from minipaged.models.collectives import ONE_RANK, Collectives
 from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
 from minipaged.models.families import read_config
 from minipaged.models.gguf_file import GGUFFile
 from minipaged.models.layouts import GGUF, Layout
 from minipaged.models.safetensors_files import PICKLES, SafetensorsFiles
+from minipaged.models.shard import WHOLE, Shard
 from minipaged.models.tokenizer import Tokenizer
 from minipaged.models.weights import TensorSource, fill
 
@@ -33,7 +35,11 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def load_decoder(
-    model: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
+    model: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    shard: Shard = WHOLE,
+    collectives: Collectives = ONE_RANK,
 ) -> tuple[Decoder, Tokenizer | None]:
     """A decoder ready for inference, and its tokenizer if it has one.
 
@@ -41,23 +47,33 @@ def load_decoder(
     dtype: "auto" is the checkpoint's type, but float32 for GGUF and, on a CPU, which is slow
         with it, for float16.
     device: "cpu" or "cuda", where the weights are to be.
+    shard, collectives: which part to load, and the way to the ranks that have the others.
     """
     path = resolve(model)
-    load = _load_file if path.is_file() else _load_directory
-    return load(path, dtype, device)
+    checkpoint = _open_file(path) if path.is_file() else _open_directory(path)
+    with torch.device("meta"):
+        decoder = Decoder(checkpoint.config, shard, collectives)
+    chosen = _choose_dtype(dtype, checkpoint.stored_dtype, device)
+    fill(decoder, checkpoint.tensors, checkpoint.layout, chosen, device)
+    return decoder.eval().requires_grad_(False), checkpoint.tokenizer
 
 
-def _load_file(
-    path: Path, dtype: torch.dtype | str, device: str
-) -> tuple[Decoder, Tokenizer | None]:
+class Checkpoint(NamedTuple):
+    """A model as its files have it; nothing is read of its tensors yet."""
+
+    config: ModelConfig
+    tensors: TensorSource
+    layout: Layout
+    stored_dtype: str
+    tokenizer: Tokenizer | None
+
+
+def _open_file(path: Path) -> Checkpoint:
     file = GGUFFile(path)
-    chosen = _choose_dtype(dtype, "float32", device)
-    return _build(file.config, file, GGUF, chosen, device), file.tokenizer()
+    return Checkpoint(file.config, file, GGUF, "float32", file.tokenizer())
 
 
-def _load_directory(
-    path: Path, dtype: torch.dtype | str, device: str
-) -> tuple[Decoder, Tokenizer | None]:
+def _open_directory(path: Path) -> Checkpoint:
     description = _read_json(path / "config.json")
     config, layout = read_config(description)
     generation = path / "generation_config.json"
@@ -66,9 +82,8 @@ def _load_directory(
         ends = (*config.eos_token_ids, *(more if isinstance(more, list) else [more]))
         config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
     stored = description.get("dtype") or description.get("torch_dtype") or "float32"
-    chosen = _choose_dtype(dtype, stored, device)
-    decoder = _build(config, SafetensorsFiles(path), layout, chosen, device)
-    return decoder, Tokenizer.from_directory(path)
+    files, tokenizer = SafetensorsFiles(path), Tokenizer.from_directory(path)
+    return Checkpoint(config, files, layout, stored, tokenizer)
 
 
 def _choose_dtype(wanted: torch.dtype | str, stored: str, device: str) -> torch.dtype:
@@ -77,15 +92,6 @@ def _choose_dtype(wanted: torch.dtype | str, stored: str, device: str) -> torch.
     if stored == "float16" and device != "cpu":
         return torch.float16
     return TYPES.get(stored, torch.float32)
-
-
-def _build(
-    config: ModelConfig, source: TensorSource, layout: Layout, dtype: torch.dtype, device: str
-) -> Decoder:
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    fill(decoder, source, layout, dtype, device)
-    return decoder.eval().requires_grad_(False)
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:
@@ -97,12 +103,17 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def vocab_size(model: str | Path) -> int:
-    """Size of a model's vocabulary, without loading its weights."""
+def model_config(model: str | Path) -> ModelConfig:
+    """What a model looks like, without loading its weights."""
     path = resolve(model)
     if path.is_file():
-        return GGUFFile(path).config.vocab_size
-    return read_config(_read_json(path / "config.json"))[0].vocab_size
+        return GGUFFile(path).config
+    return read_config(_read_json(path / "config.json"))[0]
+
+
+def vocab_size(model: str | Path) -> int:
+    """Size of a model's vocabulary, without loading its weights."""
+    return model_config(model).vocab_size
 
 
 def resolve(model: str | Path) -> Path:

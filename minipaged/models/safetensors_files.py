@@ -16,7 +16,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 class SafetensorsFiles:
     """One file, or the shards that model.safetensors.index.json lists.
 
-    A tensor is read when it is asked for; only its own bytes are touched.
+    A tensor is read when it is asked for; only the bytes of the part asked for are touched.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -31,17 +31,18 @@ class SafetensorsFiles:
                 ) from error
             for name in self._files[path].keys():  # noqa: SIM118 (not a dictionary)
                 self._file_of[name] = path
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, by name."""
-        return {
+        self._shapes = {
             name: tuple(self._files[path].get_slice(name).get_shape())
             for name, path in self._file_of.items()
         }
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in the type of the checkpoint."""
-        return self._files[self._file_of[name]].get_tensor(name)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+        return self._shapes
+
+    def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
+        """Part of one tensor, in the type of the checkpoint."""
+        return self._files[self._file_of[name]].get_slice(name)[part]
 
 
 def _find_files(directory: Path) -> list[Path]:

@@ -8,25 +8,30 @@ finite.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from minipaged.errors import ModelLoadError
-from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
 from minipaged.models.layouts import Layout
 from minipaged.models.linear import PackedLinear, can_pack
+from minipaged.models.shard import Part
 
 
 class TensorSource(Protocol):
-    """A checkpoint: names and shapes at once, contents one by one."""
+    """A checkpoint: names and shapes at once, contents one by one.
+
+    read: the elements of one tensor at these indices of each dimension, and no others.
+    """
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, part: tuple[slice, ...]) -> Tensor: ...
 
 
 def fill(
@@ -45,12 +50,10 @@ def fill(
         if tied and path == "lm_head":
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            parts = layout.sources(f"{path}.{name}")
-            filled = torch.empty(parameter.shape, dtype=dtype)
-            targets = filled.split(_rows_of_parts(decoder.config, len(filled), len(parts)))
-            for part, target in zip(parts, targets, strict=True):
-                transposed = re.fullmatch(layout.transposed, part) is not None
-                _read_into(target, source, stored[part], transposed)
+            decoder.collectives.check()
+            filled = torch.zeros(parameter.shape, dtype=dtype)
+            if decoder.shard.holds(f"{path}.{name}"):
+                _fill_parameter(filled, f"{path}.{name}", decoder, source, layout, stored)
             setattr(module, name, nn.Parameter(filled.to(device), requires_grad=False))
         if isinstance(module, nn.Linear) and can_be_packed:
             parent, _, child = path.rpartition(".")
@@ -92,26 +95,55 @@ def _listed(names: list[str]) -> str:
     return f"tensor {names[0]!r}{more}"
 
 
-def _rows_of_parts(config: ModelConfig, rows: int, num_parts: int) -> list[int]:
-    """Rows of queries, keys and values, or of gate and up, or of a parameter of one part."""
-    if num_parts == 3:
-        kv = config.num_kv_heads * config.head_dim
-        return [rows - 2 * kv, kv, kv]
-    return [rows // num_parts] * num_parts
+def _fill_parameter(
+    filled: Tensor,
+    name: str,
+    decoder: Decoder,
+    source: TensorSource,
+    layout: Layout,
+    stored: dict[str, str],
+) -> None:
+    """Read this rank's rows and columns of all tensors that make a parameter."""
+    shard, config = decoder.shard, decoder.whole_config
+    parts = shard.rows(config, name) or [Part(len(filled), range(len(filled)))]
+    dimensions = []
+    if filled.dim() == 2:
+        columns = shard.columns(config, name)
+        dimensions = [columns or Part(filled.shape[1], range(filled.shape[1]))]
+    targets = filled.split([len(part.kept) for part in parts])
+    for (part, rows), target in zip(_places(layout.sources(name), parts), targets, strict=True):
+        transposed = re.fullmatch(layout.transposed, part) is not None
+        _read_into(target, source, stored[part], [rows, *dimensions], transposed)
 
 
-def _read_into(target: Tensor, source: TensorSource, name: str, transposed: bool) -> None:
-    """Convert one tensor of the checkpoint into its rows of a parameter, checking both."""
-    tensor = source.read(name)
-    expected = target.T.shape if transposed else target.shape
-    if tensor.shape != expected:
+def _places(tensors: Sequence[str], parts: list[Part]) -> list[tuple[str, Part]]:
+    """Where the rows of each part are: in a tensor of its own, or behind each other in one."""
+    if len(tensors) == len(parts):
+        return list(zip(tensors, parts, strict=True))
+    (tensor,) = tensors
+    *starts, total = itertools.accumulate((part.total for part in parts), initial=0)
+    return [
+        (tensor, Part(total, range(start + part.kept.start, start + part.kept.stop)))
+        for start, part in zip(starts, parts, strict=True)
+    ]
+
+
+def _read_into(
+    target: Tensor, source: TensorSource, name: str, parts: list[Part], transposed: bool
+) -> None:
+    """Convert a part of one tensor into its rows of a parameter, checking both."""
+    if transposed:
+        target, parts = target.T, parts[::-1]
+    shape, expected = list(source.shapes()[name]), [part.total for part in parts]
+    if shape != expected:
         raise ModelLoadError(
-            f"tensor {name!r} has shape {list(tensor.shape)} and config.json asks for "
-            f"{list(expected)}; they are of different models"
+            f"tensor {name!r} has shape {shape} and config.json asks for {expected}; they are of "
+            "different models"
         )
+    tensor = source.read(name, tuple(slice(p.kept.start, p.kept.stop) for p in parts))
     if not torch.isfinite(tensor).all():
         raise ModelLoadError(
             f"tensor {name!r} has elements that are infinite or not a number; the file is "
             "damaged, or was saved after a failed training"
         )
-    target.copy_(tensor.T if transposed else tensor)
+    target.copy_(tensor)
