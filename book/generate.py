@@ -19,6 +19,8 @@ ROOMS = {
     "decoding": "from logits to tokens",
     "models": "decoders and their files",
     "engine": "the loop",
+    "serving": "the engine behind a server",
+    "distributed": "one model on several ranks",
     "visual": "block maps and steppers",
     "evaluation": "the paper's figures",
     "course": "lessons and grading",

@@ -144,11 +144,11 @@ class CompletionAnswer:
         return protocol.CompletionLogprobs(
             tokens=tokens,
             token_logprobs=[
-                of_step[token_id].logprob
+                _logprob(of_step[token_id])
                 for of_step, token_id in zip(piece.logprobs, piece.token_ids, strict=True)
             ],
             top_logprobs=[
-                {token_text(self.tokenizer, i): entry.logprob for i, entry in of_step.items()}
+                {token_text(self.tokenizer, i): _logprob(entry) for i, entry in of_step.items()}
                 for of_step in piece.logprobs
             ],
             text_offset=offsets,
@@ -223,7 +223,12 @@ class ChatAnswer:
 
     def _entry(self, token_id: int, entry: Logprob) -> dict:
         text = token_text(self.tokenizer, token_id)
-        return {"token": text, "logprob": entry.logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _logprob(entry), "bytes": list(text.encode())}
+
+
+def _logprob(entry: Logprob) -> float:
+    """JSON has no infinity; this number stands for it in OpenAI's answers too."""
+    return max(entry.logprob, -9999.0)
 
 
 def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:

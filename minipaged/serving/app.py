@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from minipaged.serving import failures
+from minipaged.serving import dashboard, failures
 from minipaged.serving.failures import APIError
 from minipaged.serving.protocol import (
     Chat,
@@ -24,7 +24,6 @@ from minipaged.serving.protocol import (
     ModelList,
 )
 from minipaged.serving.service import Exchange, Service
-from minipaged.serving.state import engine_state
 
 CLIENT_CLOSED_REQUEST = 499
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -40,17 +39,23 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         (429, "Too many requests wait; Retry-After says when to come back"),
         (500, "The server failed"),
         (503, "The server is shutting down, or its engine has failed"),
+        ("4XX", "Any other mistake in the request"),
     )
 }
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
-def create_app(make_service: Callable[[], Service]) -> FastAPI:
+def _refusals(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    return {status: REFUSALS[status] for status in (*statuses, 403, 500, "4XX")}
+
+
+def create_app(make_service: Callable[[], Awaitable[Service]]) -> FastAPI:
     """The API around a service that is made in the event loop, when the server starts."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.service = make_service()
+        app.state.service = await make_service()
         yield
         await app.state.service.engine.stop()
 
@@ -60,32 +65,33 @@ def create_app(make_service: Callable[[], Service]) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     failures.install(app)
+    dashboard.add_routes(app)
 
     def service() -> Service:
         return app.state.service
 
-    @app.get("/health", responses={503: REFUSALS[503]})
+    @app.get("/health", responses=_refusals(503))
     async def health() -> dict[str, str]:
         """Whether requests are served."""
-        engine = service().engine
-        if engine.died.is_set() or not engine.is_admitting:
+        if not service().engine.is_serving:
             raise APIError(503, "the server is going down", "unavailable")
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=Response, responses={401: REFUSALS[401]})
+    @app.get("/metrics", response_class=Response, responses={**_refusals(401, 503), 200: TEXT})
     async def metrics() -> Response:
         """For Prometheus."""
-        state = await service().engine.ask(engine_state)
+        state = await service().engine.state()
         return Response(service().metrics.render(state), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models", responses={401: REFUSALS[401]})
+    @app.get("/v1/models", responses=_refusals(401))
     async def models() -> ModelList:
         """The model that is served."""
         return ModelList(data=[service().card])
 
-    @app.get("/v1/models/{name:path}", responses={401: REFUSALS[401], 404: REFUSALS[404]})
+    @app.get("/v1/models/{name:path}", responses=_refusals(401, 404))
     async def model(name: str) -> ModelCard:
         """What is known of a model."""
         service().check_model(name)
@@ -119,7 +125,7 @@ async def _answer(request: Request, streams: bool, beginning: Any) -> Response:
         exchange.end()
     if answer is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return JSONResponse(answer.model_dump())
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:

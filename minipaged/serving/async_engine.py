@@ -1,9 +1,10 @@
 """The engine in a thread of its own, for callers who live in an event loop.
 
 One thread runs step after step, and nobody else touches the engine: the others leave calls
-for it to make between two steps, such as to add a request or to abort one.  What a step
-produced goes back to the event loop, into the streams of those who wait for it.  Owns that
-traffic, the limit on waiting requests and the way to an end; knows nothing of HTTP.
+for it to make between two steps, such as to add a request or to abort one, and read no more
+than how many requests wait.  What a step produced goes back to the event loop, into the streams
+of those who wait for it.  Owns that traffic, the limit on waiting requests and the way to an
+end; knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from minipaged.engine.engine import Engine
 from minipaged.engine.outputs import RequestOutput
 from minipaged.errors import InvalidRequestError, MinipagedError
 from minipaged.request.sequence import RequestId
+from minipaged.serving.state import EngineState, engine_state
 from minipaged.serving.stream import NewRequest, Stream
 
 logger = logging.getLogger("minipaged")
@@ -76,8 +78,8 @@ class AsyncEngine:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._streams: dict[RequestId, Stream] = {}
-        self._num_arriving = 0  # added, and not yet seen by the engine
-        self._num_waiting = 0  # in the scheduler, after its last step
+        self._num_left = 0  # requests left for the engine so far, written in the event loop
+        self._num_seen = 0  # those of them that it has taken or refused, written in its thread
         self._ends: deque[float] = deque(maxlen=64)  # when the last requests ended
         self._calls: deque[Callable[[], None]] = deque()
         self._has_work = threading.Condition()  # guards _calls and _is_stopping
@@ -87,9 +89,15 @@ class AsyncEngine:
         self._thread.start()
 
     @property
+    def is_serving(self) -> bool:
+        """Whether new requests are taken."""
+        return self.is_admitting and not self._has_failed
+
+    @property
     def num_queued(self) -> int:
-        """Requests that wait to run."""
-        return self._num_waiting + self._num_arriving
+        """Requests that wait to run: in the scheduler, or left for it and not yet seen."""
+        num_arriving = self._num_left - self._num_seen
+        return num_arriving + len(self._engine.scheduler.waiting)
 
     @property
     def num_unfinished(self) -> int:
@@ -105,16 +113,17 @@ class AsyncEngine:
         self._check_admission(len(requests))
         stream = Stream(requests)
         self._streams.update((request_id, stream) for request_id in stream.request_ids)
-        self._num_arriving += len(requests)
+        self._num_left += len(requests)
+        accepted = self._question(lambda engine: self._accept(engine, requests))
         try:
-            await self.ask(lambda engine: _add(engine, requests))
-        except BaseException:
-            self.abort(stream)  # if it is cancelled, the engine may be about to accept them
-            for request_id in stream.request_ids:
-                self._streams.pop(request_id, None)
+            # The engine hears of them in any case, so that it can hear of their end after that.
+            await asyncio.shield(asyncio.wrap_future(accepted))
+        except asyncio.CancelledError:
+            self.abort(stream)
             raise
-        finally:
-            self._num_arriving -= len(requests)
+        except Exception:
+            self._forget(stream.request_ids)
+            raise
         return stream
 
     def abort(self, stream: Stream) -> None:
@@ -130,21 +139,11 @@ class AsyncEngine:
 
     async def ask(self, question: Callable[[Engine], Answer]) -> Answer:
         """What a function says of the engine, called between two steps."""
-        answer: Future[Answer] = Future()
+        return await asyncio.wrap_future(self._question(question))
 
-        def call() -> None:
-            if not answer.set_running_or_notify_cancel():
-                return  # whoever asked has gone
-            try:
-                if self._has_failed:
-                    raise EngineDiedError
-                answer.set_result(question(self._engine))
-            except Exception as error:
-                answer.set_exception(error)
-
-        if not self._leave(call):
-            raise EngineDiedError if self._has_failed else ShuttingDownError
-        return await asyncio.wrap_future(answer)
+    async def state(self) -> EngineState:
+        """How the engine stands now."""
+        return await self.ask(engine_state)
 
     def stop_admitting(self) -> None:
         """Refuse new requests; those that were accepted go on."""
@@ -179,9 +178,31 @@ class AsyncEngine:
         pace = (time.monotonic() - self._ends[0]) / len(self._ends)
         return max(1, min(LONGEST_RETRY_AFTER, math.ceil(pace)))
 
-    def _deliver(self, outputs: list[RequestOutput], num_waiting: int, when: float) -> None:
+    def _question(self, question: Callable[[Engine], Answer]) -> Future[Answer]:
+        """Leave a question for the thread; the future will hold what it answers."""
+        answer: Future[Answer] = Future()
+
+        def call() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # whoever asked has gone
+            try:
+                if self._has_failed:
+                    raise EngineDiedError
+                answer.set_result(question(self._engine))
+            except Exception as error:
+                answer.set_exception(error)
+
+        if not self._leave(call):
+            answer.set_exception(EngineDiedError() if self._has_failed else ShuttingDownError())
+        return answer
+
+    def _forget(self, request_ids: Sequence[RequestId]) -> None:
+        """Nothing comes for these."""
+        for request_id in request_ids:
+            self._streams.pop(request_id, None)
+
+    def _deliver(self, outputs: list[RequestOutput], when: float) -> None:
         """Hand what a step produced to those who wait for it."""
-        self._num_waiting = num_waiting
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
@@ -231,29 +252,34 @@ class AsyncEngine:
         with self._has_work:
             while not (self._calls or self._is_stopping or self._engine.has_unfinished_requests):
                 self._has_work.wait()
-            calls, self._calls = self._calls, deque()
-            goes_on = not self._is_stopping
-        for call in calls:
-            call()
+            num_calls, goes_on = len(self._calls), not self._is_stopping
+        for _ in range(num_calls):
+            self._calls.popleft()()
         return goes_on
 
     def _send(self, outputs: list[RequestOutput]) -> None:
         """Let the event loop deliver these outputs."""
-        num_waiting = len(self._engine.scheduler.waiting)
-        self._loop.call_soon_threadsafe(self._deliver, outputs, num_waiting, time.monotonic())
+        self._loop.call_soon_threadsafe(self._deliver, outputs, time.monotonic())
+
+    def _accept(self, engine: Engine, requests: Sequence[NewRequest]) -> None:
+        """Queue all of them, or none."""
+        added = []
+        try:
+            for new in requests:
+                engine.add_request(
+                    new.request_id, new.prompt, new.params, new.priority, new.cache_salt
+                )
+                added.append(new.request_id)
+        except Exception:
+            for request_id in added:
+                engine.abort(request_id)
+            raise
+        finally:
+            self._num_seen += len(requests)
 
     def _end(self, request_id: RequestId) -> None:
         output = None if self._has_failed else self._engine.abort(request_id)
         if output is not None:
             self._send([output])
-
-
-def _add(engine: Engine, requests: Sequence[NewRequest]) -> None:
-    """Queue all of them, or none."""
-    for number, new in enumerate(requests):
-        try:
-            engine.add_request(new.request_id, new.prompt, new.params, new.priority, new.cache_salt)
-        except MinipagedError:
-            for added in requests[:number]:
-                engine.abort(added.request_id)
-            raise
+        else:  # it has ended before, or was never accepted
+            self._loop.call_soon_threadsafe(self._forget, [request_id])

@@ -148,7 +148,9 @@ class Gate:
             await asyncio.wait_for(read(), self.body_seconds)
         except asyncio.TimeoutError:
             raise APIError(
-                408, f"the body took longer than {self.body_seconds:g} s; send it faster"
+                408,
+                f"the body took longer than {self.body_seconds:g} s; send it faster",
+                headers={"Connection": "close"},
             ) from None
         return bytes(body)
 

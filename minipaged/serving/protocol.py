@@ -24,22 +24,35 @@ from minipaged.request.sampling_params import LARGEST_LOGPROBS, SamplingParams
 MOST_STOPS = 16
 LONGEST_STOP = 128  # characters; the output's last ones are held back for so long
 MOST_OUTPUTS = 128  # per prompt
+MOST_PROMPTS = 1024
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+def _tell_of_nulls(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """In the served schema, fields that may be left out may be null as well."""
+    for name, field in schema["properties"].items():
+        null = {"type": "null"}
+        if name not in schema.get("required", ()) and null not in field.get("anyOf", ()):
+            kept = {key: field.pop(key) for key in ("title", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [field, null], **kept}
+
+
 class _Fields(BaseModel):
     """Unknown fields are refused, and null is as good as leaving a field out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_tell_of_nulls)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {name: value for name, value in data.items() if value is not None}
-        return data
+    def _select(cls, data: Any) -> Any:
+        """Without nulls, and of fields that there are not, one: a body can hold very many."""
+        if not isinstance(data, dict):
+            return data
+        unknown = [name for name in data if name not in cls.model_fields]
+        names = [*cls.model_fields, *unknown[:1]]
+        return {name: data[name] for name in names if name in data and data[name] is not None}
 
 
 class StreamOptions(_Fields):
@@ -62,8 +75,12 @@ class GenerationRequest(_Fields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop: (
+        StopString
+        | Annotated[list[StopString], Field(fail_fast=True, max_length=MOST_STOPS)]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -111,7 +128,8 @@ class GenerationRequest(_Fields):
 
 MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
 Text = Annotated[str, StringConstraints(min_length=1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# Of a list the first mistake is told: it can hold as many of them as a body has room for.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 
 
 class CompletionRequest(GenerationRequest):
@@ -120,8 +138,8 @@ class CompletionRequest(GenerationRequest):
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
     )
     max_tokens: MaxTokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=LARGEST_LOGPROBS)] | None = None
@@ -145,7 +163,7 @@ class Message(_Fields):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -159,7 +177,7 @@ class Message(_Fields):
 class ChatRequest(GenerationRequest):
     """Of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False

@@ -20,10 +20,12 @@ from minipaged.engine.engine import Engine
 from minipaged.errors import ConfigurationError
 from minipaged.serving.app import create_app
 from minipaged.serving.async_engine import AsyncEngine
+from minipaged.serving.connection import Connection
 from minipaged.serving.gate import LOOPBACK, Gate, Keys
 from minipaged.serving.service import Service
 
-STALLED_SECONDS = 60  # that a client may leave without taking any of what is sent to it
+LONGEST_GRACE = 24 * 3600
+LAST_WORDS = 2  # seconds in which clients may take what aborted requests got
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class ServerOptions:
     max_queued: requests that may wait to run.
     max_body: bytes of a request's body.
     grace: seconds that running requests have to end in when the server shuts down.
+    stalled: seconds after which a client that takes nothing of what is sent to it is cut off.
     """
 
     model: str
@@ -47,17 +50,18 @@ class ServerOptions:
     max_queued: int = 256
     max_body: int = 4 * 2**20
     grace: float = 30
+    stalled: float = 60
 
     def __post_init__(self) -> None:
         for name, least, limit in (
             ("port", 0, 65535),
-            ("max_queued", 1, None),
-            ("max_body", 1, None),
-            ("grace", 0, None),
+            ("max_queued", 1, math.inf),
+            ("max_body", 1, math.inf),
+            ("grace", 0, LONGEST_GRACE),
         ):
             value = getattr(self, name)
-            if value < least or (limit is not None and value > limit):
-                upper = "" if limit is None else f" and at most {limit}"
+            if not least <= value <= limit:
+                upper = "" if limit == math.inf else f" and at most {limit}"
                 raise ConfigurationError(f"{name} is {value}; it must be at least {least}{upper}")
         Keys(self.api_keys, self.isolate_keys)
 
@@ -78,19 +82,22 @@ def open_socket(options: ServerOptions) -> socket.socket:
         )[0]
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # A client that takes nothing for so long loses its connection (where the system can).
+        # The accepted connections inherit it (where the system can).
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
+            milliseconds = int(options.stalled * 1000)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         sock.bind(address)
-    except OSError as error:
+        sock.listen()  # a bound port is not yet taken: another program could listen first
+    except (OSError, UnicodeError) as error:
+        code = getattr(error, "errno", None) or 0
         remedy = "choose another host"
-        if error.errno == errno.EADDRINUSE:
+        if code == errno.EADDRINUSE:
             remedy = "another program has it, so choose another port, or 0 for a free one"
-        elif error.errno == errno.EACCES:
+        elif code == errno.EACCES:
             remedy = "the system reserves it, so choose a port above 1023"
         raise ConfigurationError(
-            f"port {options.port} of {options.host} cannot be opened "
-            f"({os.strerror(error.errno) if error.errno and error.errno > 0 else error}); {remedy}"
+            f"port {options.port} of {options.host!r} cannot be opened "
+            f"({os.strerror(code) if code > 0 else error}); {remedy}"
         ) from error
     return sock
 
@@ -116,7 +123,7 @@ class Server(uvicorn.Server):
         self._grace = options.grace
         self._on_start = on_start
 
-        def make_service() -> Service:
+        async def make_service() -> Service:
             self.engine = AsyncEngine(engine, options.max_queued)
             return Service(
                 self.engine,
@@ -135,6 +142,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 gate,
+                loop="asyncio",
+                http=Connection,
                 log_level="error",
                 access_log=False,
                 server_header=False,
@@ -166,5 +175,14 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running requests end, or abort them when their time is over."""
         self.engine.stop_admitting()
-        asyncio.get_running_loop().call_later(self._grace, self.engine.abort_all)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._grace, self.engine.abort_all)
+        loop.call_later(self._grace + LAST_WORDS, self._cut_off)
         await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()  # in a hurry too, the engine's thread has to end
+
+    def _cut_off(self) -> None:
+        """Let go of clients that do not take what is sent to them."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
