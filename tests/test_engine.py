@@ -186,7 +186,7 @@ def test_a_known_prefix_is_not_computed_again():
 
 def test_a_salt_hides_a_prefix_from_the_others():
     engine = engine_of(num_blocks=9, enable_prefix_caching=True)
-    prompt, params = list(range(8)) + [9], SamplingParams(temperature=0, max_tokens=8)
+    prompt, params = [0, 1, 2, 3, 4, 5, 6, 7, 9], SamplingParams(temperature=0, max_tokens=8)
     found = {}
     for name, salt in [("a", b"x"), ("b", b"y"), ("c", b"x"), ("d", b"")]:
         engine.add_request(name, prompt, params, cache_salt=salt)

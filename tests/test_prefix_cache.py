@@ -86,7 +86,7 @@ def fill(manager, seq, tokens):
     num_swapped=st.integers(0, 3),
 )
 def test_sequences_of_different_salts_share_nothing(texts, block_size, num_swapped):
-    """Who sees nothing of the others can also not find out, by the time it takes, what they sent."""
+    """And who finds nothing of others cannot tell by the time it takes what they sent."""
     manager = BlockManager(block_size, 400, 400, prefix_cache=PrefixCache(block_size))
     owners = {}  # block -> the salt it was written for
     for seq, (tokens, salt) in enumerate(texts):

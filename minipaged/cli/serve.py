@@ -16,6 +16,7 @@ from minipaged.cli.options import (
     ModelOption,
     NumBlocksOption,
     PreemptionOption,
+    RanksOption,
     SeedOption,
     SeqsOption,
     SwapOption,
@@ -57,6 +58,7 @@ def serve(
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="share equal prefixes")
     ] = True,
     attention: AttentionOption = "auto",
+    tensor_parallel_size: RanksOption = None,
     seed: SeedOption = 0,
     lessons: LessonsOption = None,
 ) -> None:
@@ -83,6 +85,7 @@ def serve(
         "swap_space_gib": swap_gib,
         "enable_prefix_caching": prefix_cache,
         "attention": attention,
+        "tensor_parallel_size": tensor_parallel_size,
         "seed": seed,
     }
     options = ServerOptions(

@@ -42,3 +42,11 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     num_cached_tokens: int = 0
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """How the first output ended, or that some did not; None while any output grows."""
+        if not self.finished:
+            return None
+        reasons = [completion.finish_reason for completion in self.outputs]
+        return "abort" if "abort" in reasons else reasons[0]

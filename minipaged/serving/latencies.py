@@ -80,7 +80,7 @@ class Latencies:
         """Take note of an output, which ended its step at `when`."""
         request_id = output.request_id
         last, first = self._last.get(request_id, (None, None))
-        reason = output.outputs[0].finish_reason if output.finished else None
+        reason = output.finish_reason
         if reason != "abort":  # an aborted request got no token with it
             if last is not None:
                 self.inter_token.add(when - last, when)

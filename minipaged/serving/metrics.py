@@ -60,8 +60,7 @@ class Metrics:
         """Take note of an output; see `AsyncEngine.observers`."""
         last_tokens = self._last_tokens.setdefault(stream, {})
         before = last_tokens.get(output.request_id)
-        reasons = [completion.finish_reason for completion in output.outputs]
-        reason = "abort" if "abort" in reasons else reasons[0] if output.finished else None
+        reason = output.finish_reason
         if reason != "abort":  # an aborted request got no token with it
             if before is None:
                 self._first_token.observe(when - stream.arrived)
