@@ -1,0 +1,134 @@
+"""What the ranks say to each other in a step, through torch.distributed, and how much of it.
+
+The plan goes over gloo; tensors go over gloo from a CPU and over NCCL from a GPU.  The process
+groups belong to the model that uses them, not to the process: a program may have two models, and
+groups of its own.  Who died when a connection breaks, the lifeline knows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from minipaged.distributed.plan_message import decode_plan, encode_plan
+from minipaged.distributed.traffic import Traffic
+from minipaged.models.shard import Shard
+from minipaged.scheduling.step_plan import StepPlan
+
+CONNECTING = timedelta(seconds=60)
+# A server may be idle for long; that a rank is gone shows by its connections, not by silence.
+IDLE = timedelta(days=365)
+
+Explain = Callable[[RuntimeError], BaseException]
+
+
+def _unexplained(error: RuntimeError) -> BaseException:
+    return error
+
+
+class Communicator:
+    """One rank's connections to the others; `Collectives` for its decoder.
+
+    control: the process group of plans and other numbers.
+    tensors: that of tensors where the model computes.
+    explain: what an error of a group comes from, in the user's words.
+    on_check: raises if a rank is known to be gone.
+    payload: bytes of each kind since the start.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        control: Any,
+        tensors: Any,
+        explain: Explain = _unexplained,
+        on_check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.shard = shard
+        self.payload = Traffic()
+        self._control, self._tensors = control, tensors
+        self._explain, self._on_check = explain, on_check
+
+    def check(self) -> None:
+        self._on_check()
+
+    def send_plan(self, plan: StepPlan | None) -> None:
+        """From rank 0: what the others are to do next; None is that there is nothing more."""
+        raise NotImplementedError("Task 18.4: Communicator.send_plan is still to be written")
+
+    def receive_plan(self) -> StepPlan | None:
+        """On the other ranks: wait for the next plan; None is the end."""
+        raise NotImplementedError("Task 18.4: Communicator.receive_plan is still to be written")
+
+    def all_reduce(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        """The sum over all ranks, on every one of them."""
+        raise NotImplementedError("Task 18.4: Communicator.all_reduce is still to be written")
+
+    def gather_logits(
+        self, logits: Float[Tensor, "rows columns"], vocab_size: int
+    ) -> Float[Tensor, "rows vocab"]:
+        """Rank 0 gets everybody's columns; what is sent is as wide as the widest part."""
+        raise NotImplementedError("Task 18.4: Communicator.gather_logits is still to be written")
+
+    def smallest(self, number: int) -> int:
+        """The smallest of what the ranks give, on every one of them."""
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
+        x = torch.tensor([number])
+        with self._explained():
+            self._control.allreduce([x], options).wait()
+        return int(x)
+
+    def abort(self) -> None:
+        """A rank is gone.  Gloo notices by itself; NCCL would wait for ever."""
+        if self._tensors is not self._control:
+            self._tensors.abort()
+
+    def _broadcast(self, numbers: Tensor) -> None:
+        self.payload.control += numbers.nbytes
+        with self._explained():
+            self._control.broadcast([numbers], dist.BroadcastOptions()).wait()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._explain(error) from error
+
+
+def _to_rank_0() -> dist.GatherOptions:
+    options = dist.GatherOptions()
+    options.rootRank = 0
+    return options
+
+
+def gloo_group(store: Any, shard: Shard, host: str) -> Any:
+    """Connects all ranks with each other; this one is reached at `host`."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    where = {"interface": interface} if interface else {"hostname": host}
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(**where)]
+    options._timeout = CONNECTING
+    store = dist.PrefixStore("gloo", store)
+    group = gloo(store, shard.rank, shard.size, options)
+    group._set_default_timeout(IDLE)
+    return group
+
+
+def nccl_group(store: Any, shard: Shard) -> Any:
+    """The same for tensors on GPUs; every rank has chosen its own before."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = IDLE
+    store = dist.PrefixStore("nccl", store)
+    return dist.ProcessGroupNCCL(store, shard.rank, shard.size, options)
