@@ -15,7 +15,9 @@ _common = {
 }
 # For learners and those who grade them: one failure at a time.
 _one_failure = {**_common, "report_multiple_bugs": False}
-_told = {**_one_failure, "max_examples": 100, "print_blob": False}
+# The story of the shortest failure explains enough.
+_phases = [Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink]
+_told = {**_one_failure, "max_examples": 100, "print_blob": False, "phases": _phases}
 # It is enough to know that an example fails, not to find the smallest.
 _unshrunk = {**_one_failure, "derandomize": True, "phases": [Phase.explicit, Phase.generate]}
 

@@ -22,7 +22,7 @@ def test_a_lesson_is_sound(check):
 
 def test_the_lessons_are_all_there():
     lessons = all_lessons()
-    assert [lesson.number for lesson in lessons] == list(range(17))
+    assert [lesson.number for lesson in lessons] == list(range(19))
     for lesson in lessons:
         assert 30 <= lesson.minutes <= 90, lesson.name
         assert lesson.points == (100 if lesson.tasks else 0), lesson.name

@@ -100,7 +100,8 @@ def test_the_same_tests_pass_without_a_bug(tmp_path):
     file = "minipaged/memory/block_table.py"
     same = tmp_path / "same.py"
     same.write_text((ROOT / file).read_text("utf-8"), "utf-8")
-    tests = dict.fromkeys(test for bug in BUGS.values() for test in bug.get("tests", ()))
+    memory = [bug for bug in BUGS.values() if bug["file"].startswith("minipaged/memory/")]
+    tests = dict.fromkeys(test for bug in memory for test in bug["tests"])
     code, said = run_tests(tests, {file: same}, profile="brief")
     assert code == 0, said[-2000:]
 

@@ -225,7 +225,9 @@ class Client:
         body["stream"] = not body.get("best_of")
         await self.connect()
         self.writer.write(post("/v1/completions", body, KEY))
-        with contextlib.suppress(asyncio.TimeoutError, ConnectionError):
+        # The server may close a connection that was idle in the very moment in which it is used.
+        closed = (ConnectionError, asyncio.IncompleteReadError)
+        with contextlib.suppress(asyncio.TimeoutError, *closed):
             size = self.rng.choice([0, 1, 500, 5000])
             await asyncio.wait_for(self.reader.readexactly(size), self.rng.random())
         if self.rng.random() < 0.3 and self.writer.can_write_eof():
