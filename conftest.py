@@ -23,7 +23,7 @@ _unshrunk = {**_one_failure, "derandomize": True, "phases": [Phase.explicit, Pha
 
 settings.register_profile("laptop", max_examples=50, **_common)
 # CI draws the same examples every time: a failure there is a failure everywhere.
-settings.register_profile("ci", max_examples=75, derandomize=True, **_common)
+settings.register_profile("ci", max_examples=40, derandomize=True, **_common)
 settings.register_profile("thorough", max_examples=3000, **_common)
 # For learners: the smallest failure, and the same when they test again.
 settings.register_profile("lesson", derandomize=True, **_told)
@@ -31,7 +31,7 @@ settings.register_profile("lesson", derandomize=True, **_told)
 settings.register_profile("grading", database=None, **_told)
 # For planted bugs, and for solutions that must pass: who is right is right with the first examples.
 settings.register_profile("planted", max_examples=150, **_unshrunk)
-settings.register_profile("brief", max_examples=25, **_unshrunk)
+settings.register_profile("brief", max_examples=20, **_unshrunk)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "laptop")
 )
