@@ -167,3 +167,14 @@ def test_this_projects_own_server(tmp_path):
     told = dict(re.findall(r"^(minipaged_\S+?)(?:\{.*\})? ([\d.e+-]+)$", page, re.MULTILINE))
     assert float(told["minipaged_generation_tokens_total"]) > run["output_tokens"]  # and warming up
     assert float(told["minipaged_request_latency_seconds_count"]) == 12 + 2
+
+
+def test_without_its_parts_it_says_how_to_get_them():
+    code = (
+        "import sys; sys.modules['httpx'] = None; from minipaged.cli import main; "
+        "sys.argv = ['minipaged', 'bench', 'serve']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "bench serve needs httpx, which is not installed" in done.stderr
+    assert "pip install 'minipaged[serving]'" in done.stderr

@@ -82,14 +82,15 @@ def serve(
     """
     import numpy as np
 
-    from minipaged.evaluation import load_report, report
+    from minipaged.evaluation import report
     from minipaged.evaluation.arrivals import check_rate
-    from minipaged.evaluation.load_sweep import LoadSource, conclusion, run_rates
 
     try:
+        from minipaged.evaluation import load_report
         from minipaged.evaluation.endpoint import find_endpoint
         from minipaged.evaluation.load_client import Record, send_all, warm_up
         from minipaged.evaluation.load_run import summarise
+        from minipaged.evaluation.load_sweep import LoadSource, conclusion, run_rates
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"bench serve needs {error.name}, which is not installed; "
