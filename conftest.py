@@ -6,6 +6,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 _common = {
@@ -35,3 +36,14 @@ settings.register_profile("brief", max_examples=20, **_unshrunk)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "laptop")
 )
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small tensors are fastest on one thread: threads that wait for a turn take all the time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -17,7 +17,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import torch
 from browser import CHROMIUM, Browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,13 +40,7 @@ KEY = "a key of the tests"
 PATIENCE = 60.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other's turn take most of the time on a machine that is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wait_until(condition):

@@ -16,14 +16,7 @@ from minipaged.engine.naive import ContiguousCache, _compute, generate_alone
 from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import Sequence
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The arrays are so small that a second thread would only get in the way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def written_out(query, key, value):

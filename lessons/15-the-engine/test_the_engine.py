@@ -24,14 +24,7 @@ from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import Sequence
 from minipaged.scheduling.step_plan import ScheduledSequence, StepPlan
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors as small as these are fastest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def code(params):

@@ -6,7 +6,6 @@ import json
 import secrets
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,13 +27,7 @@ from minipaged.serving.stream import Stream
 PATIENCE = 30  # seconds, for what takes less than one
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model as small as the shipped one is fastest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # 17.4: what is new

@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Request, Workload, check_output
@@ -33,13 +32,7 @@ from minipaged.serving.stream import NewRequest, Stream
 PATIENCE = 1.5 if os.environ.get("HYPOTHESIS_PROFILE") == "planted" else 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors as small as these are fastest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class StillWaitingError(BaseException):

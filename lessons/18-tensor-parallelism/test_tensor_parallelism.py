@@ -23,14 +23,7 @@ from minipaged.models.decoder import Decoder
 from minipaged.models.shard import Part, Shard, possible_sizes
 from minipaged.scheduling.step_plan import ScheduledSequence, StepPlan
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors as small as these are fastest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def examples(number=None):
