@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from minipaged.engine.builder import EngineOptions, build_engine
+from minipaged.engine.builder import EngineOptions, build_engine, cache_shape
 from minipaged.engine.engine import Engine
 from minipaged.engine.naive import beam_search_alone, generate_alone
 from minipaged.engine.outputs import RequestOutput
@@ -99,29 +99,33 @@ class Workload:
 
     def engine(self) -> Engine:
         """A fresh engine in debug mode: freed blocks are poisoned."""
-        return build_engine(
-            self.decoder,
-            None,
-            EngineOptions(
-                block_size=self.block_size,
-                num_blocks=self.num_blocks,
-                max_num_seqs=self.max_num_seqs,
-                max_num_batched_tokens=self.max_num_batched_tokens,
-                attention=self.attention,
-                preemption=self.preemption,
-                swap_space_gib=self.num_host_blocks * bytes_per_block(self.block_size) / 2**30,
-                enable_prefix_caching=self.prefix_caching,
-                prefix_cache_seed=1,
-                policy=self.policy,
-                memory_policy=self.memory_policy,
-                debug=True,
-                seed=ENGINE_SEED,
-            ),
+        return build_engine(self.decoder, None, self.options(self.decoder))
+
+    def options(self, decoder: Decoder) -> EngineOptions:
+        """What `engine` is built with, for a decoder of any shape."""
+        shape = cache_shape(decoder.config, 1, self.block_size)
+        return EngineOptions(
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            attention=self.attention,
+            preemption=self.preemption,
+            swap_space_gib=self.num_host_blocks * shape.bytes_per_block(torch.float64) / 2**30,
+            enable_prefix_caching=self.prefix_caching,
+            prefix_cache_seed=1,
+            policy=self.policy,
+            memory_policy=self.memory_policy,
+            debug=True,
+            seed=ENGINE_SEED,
         )
 
-    def run(self) -> tuple[dict[int, RequestOutput], Engine]:
-        """Serve everything, checking all invariants after every step; last outputs by request."""
-        engine = self.engine()
+    def run(self, engine: Engine | None = None) -> tuple[dict[int, RequestOutput], Engine]:
+        """Serve everything, checking all invariants after every step; last outputs by request.
+
+        engine: to serve it with, if not one of its own.
+        """
+        engine = engine or self.engine()
         outputs: dict[int, RequestOutput] = {}
         pending = sorted(range(len(self.requests)), key=lambda i: self.requests[i].arrival)
         step = 0
@@ -156,11 +160,6 @@ class Workload:
             assert cache.num_queried_tokens == sum(len(r.prompt) for r in self.requests)
         assert not engine.has_unfinished_requests
         return engine
-
-
-def bytes_per_block(block_size: int) -> int:
-    """Of the tiny decoder: keys and values, 2 layers, 2 heads of 6 elements of 8 bytes."""
-    return 2 * 2 * 2 * 6 * 8 * block_size
 
 
 def check_output(

@@ -11,13 +11,13 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from ranks_in_threads import FAMILIES, ThreadedRanks, load_family, write_family
-from strategies import ENGINE_SEED, Request, Workload, crowding_requests, smallest_pool
+from strategies import Request, Workload, crowding_requests, smallest_pool
 
 from minipaged.distributed.plan_message import decode_plan, encode_plan
 from minipaged.distributed.rendezvous import arguments_of, check_arguments, model_identity
 from minipaged.distributed.traffic import Traffic, step_traffic
 from minipaged.distributed.wire import Peer
-from minipaged.engine.builder import EngineOptions, build_engine, cache_shape
+from minipaged.engine.builder import EngineOptions, build_engine
 from minipaged.errors import ConfigurationError, ModelLoadError
 from minipaged.memory.block_table import BlockCopy
 from minipaged.models.config import ModelConfig
@@ -288,34 +288,6 @@ def parallel_workloads(draw, window):
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Run(Workload):
-    """A workload on an engine that is there already; keeps all logits and plans."""
-
-    prepared: object = None
-
-    def engine(self):
-        return self.prepared
-
-
-def options_of(workload, decoder):
-    block = cache_shape(decoder.config, 1, workload.block_size).bytes_per_block(torch.float64)
-    return EngineOptions(
-        block_size=workload.block_size,
-        num_blocks=workload.num_blocks,
-        max_num_seqs=workload.max_num_seqs,
-        max_num_batched_tokens=workload.max_num_batched_tokens,
-        attention=workload.attention,
-        preemption=workload.preemption,
-        swap_space_gib=max(1, workload.num_host_blocks) * block / 2**30,
-        enable_prefix_caching=workload.prefix_caching,
-        prefix_cache_seed=1,
-        policy=workload.policy,
-        debug=True,
-        seed=ENGINE_SEED,
-    )
-
-
 def serve(workload, engine):
     """Token ids by request, and the logits and the plan of every step."""
     logits, plans = [], []
@@ -327,7 +299,7 @@ def serve(workload, engine):
         return logits[-1]
 
     engine.runner.execute = remember
-    outputs, _ = Run(**vars(workload), prepared=engine).run()
+    outputs, _ = workload.run(engine)
     del engine.runner.execute
     tokens = {i: [c.token_ids for c in output.outputs] for i, output in outputs.items()}
     return tokens, logits, plans
@@ -354,11 +326,11 @@ def test_ranks_equal_one(name, size, checkpoints, threaded):
     alone = load_family(name, checkpoints[name])
 
     def compare(workload):
-        engine = build_engine(alone, None, options_of(workload, alone))
+        engine = build_engine(alone, None, workload.options(alone))
         tokens, logits, plans = serve(workload, engine)
         ranks = threaded(size)
         decoders = ranks.load(name, checkpoints[name])
-        engine = ranks.engine(decoders, options_of(workload, decoders[0]))
+        engine = ranks.engine(decoders, workload.options(decoders[0]))
         tokens_of_ranks, logits_of_ranks, plans_of_ranks = serve(workload, engine)
         engine.runner.close()
         assert plans_of_ranks == plans

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from strategies import ENGINE_SEED, Request, Workload, tiny_decoder
+from strategies import Request, Workload, tiny_decoder
 
 from minipaged.course.narration import story
 from minipaged.distributed.communication import Communicator, gloo_group
 from minipaged.distributed.parallel_runner import ParallelRunner, work
 from minipaged.distributed.plan_message import decode_plan, encode_plan
 from minipaged.distributed.traffic import Traffic, step_traffic
-from minipaged.engine.builder import EngineOptions, build_engine, build_runner, cache_shape
+from minipaged.engine.builder import EngineOptions, build_engine, build_runner
 from minipaged.memory.block_table import BlockCopy
 from minipaged.models.config import ModelConfig
 from minipaged.models.decoder import Decoder
@@ -636,31 +636,6 @@ def test_rank_0_gets_the_logits_of_all_tokens(rows, vocab_size, size):
     check_counted(meeting, communicators)
 
 
-@dataclasses.dataclass(frozen=True)
-class Run(Workload):
-    """A workload on an engine that is there already."""
-
-    prepared: object = None
-
-    def engine(self):
-        return self.prepared
-
-
-def options_of(workload, decoder):
-    block = cache_shape(decoder.config, 1, workload.block_size).bytes_per_block(torch.float64)
-    return EngineOptions(
-        block_size=workload.block_size,
-        num_blocks=workload.num_blocks,
-        max_num_seqs=workload.max_num_seqs,
-        max_num_batched_tokens=workload.max_num_batched_tokens,
-        attention="torch",
-        preemption=workload.preemption,
-        swap_space_gib=max(1, workload.num_host_blocks) * block / 2**30,
-        debug=True,
-        seed=ENGINE_SEED,
-    )
-
-
 def serve(workload, engine):
     """Tokens of each request, and the plan and the logits of each step."""
     steps, execute = [], engine.runner.execute
@@ -671,7 +646,7 @@ def serve(workload, engine):
         return logits
 
     engine.runner.execute = remember
-    outputs, _ = Run(**vars(workload), prepared=engine).run()
+    outputs, _ = workload.run(engine)
     return {i: [c.token_ids for c in output.outputs] for i, output in outputs.items()}, steps
 
 
@@ -680,7 +655,7 @@ def on_ranks(workload, size):
     meeting, communicators = connected(size)
     decoders = [part_of_decoder(workload.decoder, c.shard, collectives=c) for c in communicators]
     story.begin(f"{size} ranks")
-    options = options_of(workload, decoders[0])
+    options = workload.options(decoders[0])
     engine = build_engine(decoders[0], None, options)
     runners = [build_runner(decoder, workload.num_blocks, options) for decoder in decoders]
     threads = Threads(meeting, communicators, lambda rank: work(runners[rank], communicators[rank]))
@@ -721,7 +696,7 @@ crowds = st.builds(
 @examples(8)
 @given(workload=crowds, size=st.sampled_from([2, 4]))
 def test_k_ranks_equal_one(workload, size):
-    alone = build_engine(workload.decoder, None, options_of(workload, workload.decoder))
+    alone = build_engine(workload.decoder, None, workload.options(workload.decoder))
     tokens, steps = serve(workload, alone)
     tokens_of_ranks, steps_of_ranks = on_ranks(workload, size)
     for number, ((plan, logits), (their_plan, theirs)) in enumerate(

@@ -12,11 +12,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minipaged.cli.bench import bench
 from minipaged.cli.generate import complain
-from minipaged.cli.options import JsonOption, SeedOption, at_least_one
+from minipaged.cli.options import (
+    JsonOption,
+    SeedOption,
+    TokenizerOption,
+    TraceOption,
+    at_least_one,
+    needs_extra,
+    recorded_requests,
+)
 from minipaged.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from minipaged.evaluation.arrivals import TimedRequest
     from minipaged.evaluation.load_run import LoadRun
 
 WARM_UP = 2  # requests before the first run; they do not count
@@ -36,12 +43,8 @@ def serve(
     dataset: Annotated[
         str, typer.Option(help="whose lengths: sharegpt, alpaca, translation-1, chat, ...")
     ] = "sharegpt",
-    trace: Annotated[
-        Path | None, typer.Option(help="requests of Azure, BurstGPT, Mooncake or ShareGPT")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="model whose tokenizer counts the tokens of ShareGPT")
-    ] = None,
+    trace: TraceOption = None,
+    tokenizer: TokenizerOption = None,
     arrivals: Annotated[
         str | None, typer.Option(help="poisson, or trace: at its own times, scaled to the rate")
     ] = None,
@@ -85,17 +88,12 @@ def serve(
     from minipaged.evaluation import report
     from minipaged.evaluation.arrivals import check_rate
 
-    try:
+    with needs_extra("bench serve", "serving"):
         from minipaged.evaluation import load_report
         from minipaged.evaluation.endpoint import find_endpoint
         from minipaged.evaluation.load_client import Record, send_all, warm_up
         from minipaged.evaluation.load_run import summarise
         from minipaged.evaluation.load_sweep import LoadSource, conclusion, run_rates
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"bench serve needs {error.name}, which is not installed; "
-            "get it with: pip install 'minipaged[serving]'"
-        ) from error
 
     at_least_one("--num-requests", num_requests)
     for name, seconds in (("--timeout", timeout), ("--latency-limit", latency_limit)):
@@ -114,7 +112,7 @@ def serve(
     wanted = _parse_rates(rate, rates)
     for each in wanted:
         check_rate(each)
-    recorded = [] if trace is None else _recorded(trace, tokenizer)
+    recorded = [] if trace is None else recorded_requests(trace, tokenizer)
     endpoint = find_endpoint(base_url, model, api_key, max_context)
     source = LoadSource(dataset, recorded, poisson, endpoint.longest, seed)
     if not wanted:
@@ -188,15 +186,3 @@ def _parse_rates(rate: float | None, rates: str | None) -> list[float]:
         raise ConfigurationError(
             f"--rates is {rates!r}; give requests per second with commas between, as in 1,2,4"
         ) from error
-
-
-def _recorded(trace: Path, tokenizer: str | None) -> list[TimedRequest]:
-    """The requests of a trace; those of conversations are counted by a tokenizer."""
-    from minipaged.evaluation.traces import read_trace
-
-    if tokenizer is None:
-        return read_trace(trace)
-    from minipaged.models.loader import load_tokenizer
-
-    encode = load_tokenizer(tokenizer).encode
-    return read_trace(trace, lambda text: len(encode(text)))

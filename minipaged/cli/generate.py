@@ -102,7 +102,7 @@ def generate(
         use_beam_search=beam_search,
         length_penalty=length_penalty,
     )
-    engine = _load(
+    engine = load(
         model,
         dtype=dtype,
         block_size=block_size,
@@ -169,7 +169,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
     )
-    engine = _load(
+    engine = load(
         model,
         dtype=dtype,
         block_size=block_size,
@@ -225,7 +225,8 @@ def _serve(engine: Engine, console: Console, names: dict[str, str], ranked: list
     return not engine.has_unfinished_requests
 
 
-def _load(model: str, **options: Any) -> Engine:
+def load(model: str, **options: Any) -> Engine:
+    """An engine with these EngineOptions; says how large it made the cache."""
     from minipaged.engine.builder import EngineOptions, load_engine
     from minipaged.engine.llm import show_messages
 

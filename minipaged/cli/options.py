@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,8 @@ from minipaged.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
+
+    from minipaged.evaluation.arrivals import TimedRequest
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="tiny, smollm2, a directory, a GGUF file or a hub id")
@@ -50,6 +54,12 @@ TemperatureOption = Annotated[float, typer.Option(help="0 is greedy")]
 TopKOption = Annotated[int, typer.Option(help="draw among the k likeliest; 0 for all")]
 TopPOption = Annotated[float, typer.Option(help="draw among the likeliest that reach this mass")]
 
+TraceOption = Annotated[
+    Path | None, typer.Option(help="requests of Azure, BurstGPT, Mooncake or ShareGPT")
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option(help="model whose tokenizer counts the tokens of ShareGPT")
+]
 LessonsOption = Annotated[
     str | None, typer.Option(help="run on your own modules of these lessons, as in 3,4,8")
 ]
@@ -65,6 +75,30 @@ def named_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ConfigurationError("--dtype auto has no meaning without a model; name a type")
     return dtype
+
+
+def recorded_requests(trace: Path, tokenizer: str | None) -> list[TimedRequest]:
+    """The requests of a trace; those of conversations are counted by a model's tokenizer."""
+    from minipaged.evaluation.traces import read_trace
+
+    if tokenizer is None:
+        return read_trace(trace)
+    from minipaged.models.loader import load_tokenizer
+
+    encode = load_tokenizer(tokenizer).encode
+    return read_trace(trace, lambda text: len(encode(text)))
+
+
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Imports of parts that are installed only when they are asked for."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"{what} needs {error.name}, which is not installed; "
+            f"get it with: pip install 'minipaged[{extra}]'"
+        ) from error
 
 
 def at_least_one(name: str, *values: float) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from minipaged.cli.generate import load
 from minipaged.cli.options import (
     AttentionOption,
     BlockSizeOption,
@@ -20,9 +21,9 @@ from minipaged.cli.options import (
     SeedOption,
     SeqsOption,
     SwapOption,
+    needs_extra,
     use_lessons,
 )
-from minipaged.errors import ConfigurationError
 
 
 def serve(
@@ -64,30 +65,9 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients, until Ctrl-C or SIGTERM."""
     use_lessons(lessons)
-    try:
+    with needs_extra("the server", "serving"):
         from minipaged.serving.server import Server, ServerOptions, open_socket, url_of
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"the server needs {error.name}, which is not installed; "
-            "get it with: pip install 'minipaged[serving]'"
-        ) from error
-    from minipaged.engine.builder import EngineOptions, load_engine
-    from minipaged.engine.llm import show_messages
 
-    engine_options: dict[str, Any] = {
-        "dtype": dtype,
-        "block_size": block_size,
-        "num_blocks": num_blocks,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "policy": policy,
-        "preemption": preemption,
-        "swap_space_gib": swap_gib,
-        "enable_prefix_caching": prefix_cache,
-        "attention": attention,
-        "tensor_parallel_size": tensor_parallel_size,
-        "seed": seed,
-    }
     options = ServerOptions(
         model=served_model_name or os.path.basename(os.path.abspath(model)),
         host=host,
@@ -98,9 +78,22 @@ def serve(
         max_body=max_body,
         grace=grace,
     )
-    show_messages()
     with open_socket(options) as sock:
-        engine = load_engine(model, EngineOptions(**engine_options))
+        engine = load(
+            model,
+            dtype=dtype,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            policy=policy,
+            preemption=preemption,
+            swap_space_gib=swap_gib,
+            enable_prefix_caching=prefix_cache,
+            attention=attention,
+            tensor_parallel_size=tensor_parallel_size,
+            seed=seed,
+        )
         url = url_of(sock)
 
         def announce() -> None:

@@ -17,7 +17,10 @@ from minipaged.cli.options import (
     LessonsOption,
     PreemptionOption,
     SeedOption,
+    TokenizerOption,
+    TraceOption,
     at_least_one,
+    recorded_requests,
     use_lessons,
 )
 from minipaged.errors import ConfigurationError
@@ -58,12 +61,8 @@ def simulate(
     deployment: DeploymentOption = "opt-13b",
     hardware: HardwareOption = None,
     dataset: DatasetOption = "sharegpt",
-    trace: Annotated[
-        Path | None, typer.Option(help="requests of Azure, BurstGPT, Mooncake or ShareGPT")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="model whose tokenizer counts the tokens of ShareGPT")
-    ] = None,
+    trace: TraceOption = None,
+    tokenizer: TokenizerOption = None,
     rate: Annotated[
         float | None, typer.Option(help="requests per second; a trace's own if left out")
     ] = None,
@@ -97,7 +96,7 @@ def simulate(
     )
     from minipaged.evaluation.outcome import Outcome
     from minipaged.evaluation.simulator import Simulation, System
-    from minipaged.evaluation.traces import at_random, at_rate, read_trace
+    from minipaged.evaluation.traces import at_random, at_rate
     from minipaged.scheduling.preemption import PreemptionMode
 
     if preemption not in get_args(PreemptionMode):
@@ -111,13 +110,7 @@ def simulate(
     target = _target(deployment, hardware)
     recorded: list[TimedRequest] = []
     if trace is not None:
-        count_tokens = None
-        if tokenizer is not None:
-            from minipaged.models.loader import load_tokenizer
-
-            encode = load_tokenizer(tokenizer).encode
-            count_tokens = lambda text: len(encode(text))  # noqa: E731
-        recorded = read_trace(trace, count_tokens)
+        recorded = recorded_requests(trace, tokenizer)
         if recorded[-1].arrival == 0 and requests is None:
             requests, rate = len(recorded), rate or 2.0
     elif requests is not None:

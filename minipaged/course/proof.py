@@ -7,8 +7,10 @@ their sources make.  `minipaged course check N` runs it for whoever writes a les
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -37,6 +39,9 @@ PRELOADED = [
     "hypothesis.strategies",
     "hypothesis.stateful",
     "jaxtyping",
+    # The package, for what it imports; its own modules are imported anew where one is replaced.
+    "minipaged.serving.server",
+    "minipaged.distributed.processes",
 ]
 
 
@@ -67,9 +72,9 @@ def run_forked(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, *PLUGINS])
-    arguments = [*arguments, "-q", *LEAN]
+    arguments = [*arguments, "-q", "--tb=native", *LEAN]
     with tempfile.TemporaryDirectory() as folder:
-        order = (arguments, dict(files or {}), profile, folder)
+        order = (arguments, dict(files or {}), profile, folder, _hypothesis_folder())
         process = context.Process(target=_run_pytest, args=order)
         process.start()
         process.join(seconds)
@@ -81,14 +86,25 @@ def run_forked(
         return (code if code is not None and code >= 0 else None), said
 
 
-def _run_pytest(arguments: list[str], files: Files, profile: str, folder: str) -> None:
+@functools.cache
+def _hypothesis_folder() -> str:
+    """Where Hypothesis keeps what it knows of each source file, as long as this process lives."""
+    folder = tempfile.TemporaryDirectory(prefix="minipaged-hypothesis-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+def _run_pytest(
+    arguments: list[str], files: Files, profile: str, folder: str, hypothesis_folder: str
+) -> None:
     """In the new process: pytest, with all that it says in a file."""
+    gc.freeze()  # what was preloaded stays, and nobody need look through it
     said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
     os.dup2(said, 2)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["HYPOTHESIS_PROFILE"] = profile
-    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/examples"
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = hypothesis_folder
     import pytest
     import torch
 

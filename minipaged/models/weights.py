@@ -51,9 +51,11 @@ def fill(
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             decoder.collectives.check()
-            filled = torch.zeros(parameter.shape, dtype=dtype)
+            filled = torch.empty(parameter.shape, dtype=dtype)
             if decoder.shard.holds(f"{path}.{name}"):
                 _fill_parameter(filled, f"{path}.{name}", decoder, source, layout, stored)
+            else:
+                filled.zero_()
             setattr(module, name, nn.Parameter(filled.to(device), requires_grad=False))
         if isinstance(module, nn.Linear) and can_be_packed:
             parent, _, child = path.rpartition(".")

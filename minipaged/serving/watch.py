@@ -143,7 +143,7 @@ class Watch:
         now = Frame(
             at=time.monotonic(),
             step=engine.num_steps - 1,
-            tables=tuple(_tables(engine, groups)),
+            tables=engine.table_records(),
             cached=self._same_or_new(tuple(manager.device.cached_blocks)),
         )
         if self._newest is None or now[1:4] != self._newest[1:4]:
@@ -177,21 +177,6 @@ def _copies(plan: StepPlan, block_size: int) -> Iterator[tuple[int, ...]]:
     for source, destination in plan.copies:
         keepers = [item.seq_id for item in plan.scheduled if source in item.block_table]
         yield source, destination, writers[destination], *keepers
-
-
-def _tables(engine: Engine, groups: list[SequenceGroup]) -> Iterator[TableRecord]:
-    """All block tables, in the order in which a StepRecord has them."""
-    manager = engine.scheduler.manager
-    owners = {sequence.seq_id: group for group in groups for sequence in group.sequences}
-    for seq_id, table in manager.tables.items():
-        yield TableRecord(
-            seq_id,
-            owners[seq_id].request_id,
-            tuple(table.held_blocks),
-            table.num_tokens,
-            table.num_dropped,
-            table.allocator is manager.host,
-        )
 
 
 def _queued(group: SequenceGroup) -> Queued:

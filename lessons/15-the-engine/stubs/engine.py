@@ -137,6 +137,21 @@ class Engine:
         """End a request at once and free its blocks; None if there is no such request."""
         raise NotImplementedError("Task 15.5: Engine.abort is still to be written")
 
+    def table_records(self) -> tuple[TableRecord, ...]:
+        """All block tables as they stand."""
+        owners, manager = self._branching.owners, self.scheduler.manager
+        return tuple(
+            TableRecord(
+                seq_id,
+                owners[seq_id].group.request_id,
+                tuple(table.held_blocks),
+                table.num_tokens,
+                table.num_dropped,
+                table.allocator is manager.host,
+            )
+            for seq_id, table in manager.tables.items()
+        )
+
     def check_integrity(self) -> None:
         """Assert, between two steps, that queues, tables and reference counts agree."""
         self.scheduler.check_integrity()
@@ -216,17 +231,7 @@ class Engine:
             plan=plan,
             block_size=manager.block_size,
             num_blocks=manager.device.num_blocks,
-            tables=tuple(
-                TableRecord(
-                    seq_id,
-                    branching.owners[seq_id].group.request_id,
-                    tuple(table.held_blocks),
-                    table.num_tokens,
-                    table.num_dropped,
-                    table.allocator is manager.host,
-                )
-                for seq_id, table in manager.tables.items()
-            ),
+            tables=self.table_records(),
             running=tuple(group.request_id for group in scheduler.running),
             waiting=tuple(group.request_id for group in scheduler.waiting),
             finished={
