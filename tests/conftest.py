@@ -1,6 +1,7 @@
-"""The check that no block manager is left inconsistent."""
+"""What the tests share: a check that no block manager is left inconsistent, and a browser."""
 
 import pytest
+from browser import CHROMIUM, Browser
 
 from minipaged.memory.block_manager import BlockManager
 
@@ -19,3 +20,13 @@ def every_block_is_accounted_for(monkeypatch):
     yield
     for manager in managers:
         manager.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium (browser.py), or no test."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the path to open the page with")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()

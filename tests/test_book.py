@@ -1,10 +1,7 @@
 """The book builds without a warning, leads nowhere dead, loads nothing, and works in a browser."""
 
-import html
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,9 +11,6 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 SCREENSHOTS = os.environ.get("MINIPAGED_SCREENSHOTS")
 """A folder for pictures of all pages, if anybody wants to look at them."""
 sys.path.insert(0, str(ROOT / "book"))
@@ -83,16 +77,7 @@ def test_the_book_leads_nowhere_dead_and_loads_nothing_from_elsewhere(book):
             assert not "".join(url).strip("'\"").startswith(("http", "//")), style
 
 
-DRIVE = """
-<script>
-window.problems = [];
-window.addEventListener("error", (event) => {
-  problems.push(event.message || "cannot load " + (event.target.src || event.target.href));
-}, true);
-console.error = (...words) => problems.push(words.join(" "));
-window.addEventListener("load", () => setTimeout(() => {
-  for (const image of document.images)
-    if (!image.naturalWidth && image.loading !== "lazy") problems.push("no image " + image.src);
+STEP = """(() => {
   const steps = [];
   for (const stepper of document.querySelectorAll(".minipaged-stepper")) {
     const before = stepper.querySelector("svg").innerHTML;
@@ -104,55 +89,34 @@ window.addEventListener("load", () => setTimeout(() => {
     range.dispatchEvent(new Event("input"));
     steps.push([stepper.querySelector("output").textContent, true]);
   }
-  const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth + 2;
-  const pre = document.createElement("pre");
-  pre.id = "result";
-  pre.textContent = JSON.stringify({problems, steps, wide});
-  document.body.appendChild(pre);
-}, 300));
-</script>
-"""
+  const page = document.documentElement;
+  return {steps, wide: page.scrollWidth > page.clientWidth + 2,
+          missing: [...document.images].filter(i => !i.naturalWidth && i.loading !== "lazy")
+                                       .map(i => i.src)};
+})()"""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path to open the book with")
-def test_a_browser_opens_every_page_and_steps_the_steppers(book, tmp_path):
+def test_a_browser_opens_every_page_and_steps_the_steppers(browser, book):
     num_steppers = 0
     pages = [*book.glob("book/**/*.html"), *book.glob("lessons/*/*.html")]
     assert len(pages) > 30
     for i, page in enumerate(sorted(pages)):
-        text = page.read_text("utf-8")
-        driven = page.with_name(f"driven-{page.name}")
-        driven.write_text(text.replace("<head>", f"<head>{DRIVE}", 1), "utf-8")
-        flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-sync"
-        flags += " --disable-background-networking --disable-component-update --hide-scrollbars"
-        size = "390,844" if i % 2 else "1280,900"  # every other one on a phone
-        flags += f" --window-size={size} --virtual-time-budget=2000"
-        flags += f" --user-data-dir={tmp_path / 'profile'}"
-        outputs = ["--dump-dom"]
-        if SCREENSHOTS:  # to be looked at; a browser writes one thing at a time
-            name = "-".join(page.relative_to(book).with_suffix("").parts)
-            outputs.append(f"--screenshot={Path(SCREENSHOTS).resolve() / name}.png")
-        said = ""
-        for output in outputs:
-            done = subprocess.run(
-                [CHROMIUM, *flags.split(), output, driven.as_uri()],
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-            said += done.stdout
-        driven.unlink()
-        found = re.search(r'<pre id="result"[^>]*>(.*?)</pre>', said, re.DOTALL)
-        assert found, f"{page.name}: {done.stderr[-500:]}"
-        result = json.loads(html.unescape(found.group(1)))
-        assert result["problems"] == [], page
+        size = (390, 844) if i % 2 else (1280, 900)  # every other one as narrow as a phone
+        browser.look(*size)
+        browser.open(page.as_uri())
+        result = browser.ask(STEP)
+        assert browser.problems == [], page
+        assert result["missing"] == [], page
         assert not result["wide"], f"{page} is wider than its window of {size}"
         for shown, changed in result["steps"]:
             assert changed, f"{page}: a stepper stands still"
             assert re.fullmatch(r"\d+ / \d+", shown)
         num_steppers += len(result["steps"]) // 2
+        if SCREENSHOTS:
+            name = "-".join(page.relative_to(book).with_suffix("").parts)
+            browser.picture(Path(SCREENSHOTS) / f"{name}.png")
     assert num_steppers >= 5
 
 

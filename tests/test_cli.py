@@ -8,25 +8,12 @@ import sys
 import time
 
 import pytest
-
-COMMAND = [sys.executable, "-m", "minipaged"]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
-
-
-def run(*arguments, text=None):
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        input=text,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=200,
-    )
+from command import ENVIRONMENT, minipaged
 
 
 def test_generate_streams_and_draws_the_block_map(tmp_path):
     page = tmp_path / "trace.html"
-    done = run(
+    done = minipaged(
         *("generate", "ROMEO:", "JULIET:\nO", "KING", "--num-blocks", 10, "--max-tokens", 60),
         *("--trace-html", page, "--ignore-eos"),
     )
@@ -46,7 +33,9 @@ def test_generate_streams_and_draws_the_block_map(tmp_path):
 
 def test_the_same_seed_gives_the_same_text():
     first, second, other = (
-        run("generate", "ROMEO:", "--max-tokens", 30, "--seed", seed).stdout.split("tokens/s")[0]
+        minipaged("generate", "ROMEO:", "--max-tokens", 30, "--seed", seed).stdout.split(
+            "tokens/s"
+        )[0]
         for seed in (1, 1, 2)
     )
     lines = [[li for li in out.splitlines() if " | " in li] for out in (first, second, other)]
@@ -57,7 +46,7 @@ def test_samples_and_beams_with_all_of_it():
     """Sharing, swapping and the prefix cache in one run, and what the summary says of them."""
     prompts = [f"ROMEO: what light is it that breaks? {name}:" for name in ("JULIET", "NURSE")]
     common = ("--num-blocks", 14, "--max-tokens", 60, "--preemption", "swap", "--prefix-cache")
-    done = run("generate", *prompts, *common, "-n", 3, "--ignore-eos")
+    done = minipaged("generate", *prompts, *common, "-n", 3, "--ignore-eos")
     assert done.returncode == 0, done.stderr
     for label in ("[0.0]", "[0.2]", "[1.1]"):
         assert f"{label} ROMEO: what light" in done.stdout
@@ -65,7 +54,7 @@ def test_samples_and_beams_with_all_of_it():
         assert words in done.stdout
     assert "prefix cache: " in done.stdout
     assert done.stdout.count("complete") == 6
-    done = run("generate", prompts[0], "--beam-search", "-n", 2, "--best-of", 3, *common)
+    done = minipaged("generate", prompts[0], "--beam-search", "-n", 2, "--best-of", 3, *common)
     assert done.returncode == 0, done.stderr
     assert "[0.1] ROMEO: what light" in done.stdout
     assert "dropped" in done.stdout
@@ -74,7 +63,7 @@ def test_samples_and_beams_with_all_of_it():
 def test_prompts_from_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("ROMEO:\n\nJULIET:\n")
-    done = run("generate", "KING:", "--prompts", file, "--max-tokens", 4, "--num-blocks", 8)
+    done = minipaged("generate", "KING:", "--prompts", file, "--max-tokens", 4, "--num-blocks", 8)
     assert done.returncode == 0, done.stderr
     for i, name in enumerate(["KING", "ROMEO", "JULIET"]):
         assert f"[{i}] {name}: |" in done.stdout
@@ -121,7 +110,7 @@ def test_prompts_from_a_file(tmp_path):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message):
-    done = run(*arguments)
+    done = minipaged(*arguments)
     assert done.returncode == 2
     *messages, last = done.stderr.strip().splitlines()
     assert message in last
@@ -131,7 +120,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message):
 
 def test_a_bad_prompt_does_not_harm_the_others():
     long = "to be " * 400
-    done = run("generate", "ROMEO:", "", long, "--num-blocks", 20, "--max-tokens", 10)
+    done = minipaged("generate", "ROMEO:", "", long, "--num-blocks", 20, "--max-tokens", 10)
     assert done.returncode == 2
     assert "[0] ROMEO: |" in done.stdout
     assert "request 0" in done.stdout
@@ -144,11 +133,11 @@ def test_ctrl_c_shows_what_there_is():
     # Sixty long outputs, one after the other: much more than is done before the interrupt.
     options = ["--max-tokens", "480", "--ignore-eos", "--max-num-seqs", "1"]
     process = subprocess.Popen(
-        [*COMMAND, "generate", *["ROMEO:"] * 60, *options],
+        [sys.executable, "-m", "minipaged", "generate", *["ROMEO:"] * 60, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env={**os.environ, **ENVIRONMENT},
     )
     first = process.stdout.readline()
     time.sleep(0.2)
@@ -169,7 +158,7 @@ def test_chat_reads_lines_until_the_end(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
-    done = run(
+    done = minipaged(
         *("chat", "--model", tmp_path, "--max-tokens", 8, "--num-blocks", 12), text="Hello\nYou\n"
     )
     assert done.returncode == 0, done.stderr
@@ -179,7 +168,7 @@ def test_chat_reads_lines_until_the_end(tmp_path):
 def test_throughput_of_a_workload_from_a_file(tmp_path):
     file, figures = tmp_path / "requests.jsonl", tmp_path / "figures.json"
     file.write_text('{"prompt_length": 5, "output_length": 6}\n' * 3)
-    done = run(
+    done = minipaged(
         *("bench", "throughput", "--requests", file, "--repeats", 1, "--json", figures),
         *("--num-blocks", 20),
     )
@@ -191,14 +180,14 @@ def test_throughput_of_a_workload_from_a_file(tmp_path):
     assert result["command"].startswith("minipaged bench throughput")
     assert "model" in done.stdout
     file.write_text('{"prompt_length": 5, "output_length": 6}\n{"prompt_length": 0}\n')
-    done = run("bench", "throughput", "--requests", file)
+    done = minipaged("bench", "throughput", "--requests", file)
     assert done.returncode == 2
     assert f"line 2 of {file} is not" in done.stderr
 
 
 def test_cost_of_the_scheduler(tmp_path):
     figures = tmp_path / "figures.json"
-    done = run(
+    done = minipaged(
         *("bench", "scheduler", "--num-seqs", 3, "--num-seqs", 50, "--steps", 5),
         *("--json", figures),
     )

@@ -17,7 +17,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from browser import CHROMIUM, Browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import shared_record
@@ -450,15 +449,6 @@ def test_a_client_that_takes_nothing_does_not_keep_the_server():
 
 
 # In a browser.
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on the path to open the page with")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 def text_of(browser, selector):

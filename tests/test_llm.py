@@ -139,6 +139,7 @@ def test_the_shipped_model_is_small_and_loads_in_its_type():
         ("import minipaged", "torch"),
         ("import minipaged.memory.block_manager, minipaged.scheduling.scheduler", "torch"),
         ("import minipaged.engine.llm", "transformers"),
+        ("import minipaged.engine.llm", "huggingface_hub"),
         ("import minipaged.cli", "matplotlib"),
     ],
 )

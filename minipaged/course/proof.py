@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from minipaged.course import notebooks
@@ -39,6 +40,8 @@ PRELOADED = [
     "hypothesis.strategies",
     "hypothesis.stateful",
     "jaxtyping",
+    "typer",
+    "rich",
     # The package, for what it imports; its own modules are imported anew where one is replaced.
     "minipaged.serving.server",
     "minipaged.distributed.processes",
@@ -70,12 +73,10 @@ def run_forked(
     files: what takes the place of files of the package there.
     Returns its exit code, None if it had to be ended, and what it said.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, *PLUGINS])
     arguments = [*arguments, "-q", "--tb=native", *LEAN]
     with tempfile.TemporaryDirectory() as folder:
         order = (arguments, dict(files or {}), profile, folder, _hypothesis_folder())
-        process = context.Process(target=_run_pytest, args=order)
+        process = forkserver().Process(target=_run_pytest, args=order)
         process.start()
         process.join(seconds)
         if process.is_alive():
@@ -84,6 +85,14 @@ def run_forked(
         said = (Path(folder) / "said").read_text("utf-8", errors="replace")
         code = process.exitcode
         return (code if code is not None and code >= 0 else None), said
+
+
+@functools.cache
+def forkserver() -> ForkServerContext:
+    """A process that has imported what takes long, and what is forked from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED, *PLUGINS])
+    return context
 
 
 @functools.cache

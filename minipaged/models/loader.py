@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from minipaged.errors import ModelLoadError
 from minipaged.models.collectives import ONE_RANK, Collectives
@@ -158,6 +156,9 @@ def _find_smollm2() -> Path:
 
 
 def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # half a second, for those who fetch
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED_FILES))
     except HFValidationError as error:
