@@ -1,5 +1,6 @@
 """Settings for every test, those of the lessons included."""
 
+import gc
 import os
 
 # Two workers on two cores: threads of one that wait for those of the other cost more than they do.
@@ -32,10 +33,15 @@ settings.register_profile("lesson", derandomize=True, **_told)
 settings.register_profile("grading", database=None, **_told)
 # For planted bugs, and for solutions that must pass: who is right is right with the first examples.
 settings.register_profile("planted", max_examples=150, **_unshrunk)
-settings.register_profile("brief", max_examples=20, **_unshrunk)
+settings.register_profile("brief", max_examples=10, **_unshrunk)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "laptop")
 )
+
+
+def pytest_collection_finish():
+    """All that was imported by now stays: nobody need look through it for garbage again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,15 @@ from minipaged.course.proof import forkserver
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
 
 
-def minipaged(*arguments, text=""):
-    """Run the command with these arguments and this input; returns what subprocess.run does."""
+def minipaged(*arguments, text="", environment=None):
+    """Run the command with these arguments, this input and more variables of the environment.
+
+    Returns what subprocess.run does.
+    """
     arguments = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "input").write_text(text)
-        process = forkserver().Process(target=_main, args=(arguments, folder))
+        process = forkserver().Process(target=_main, args=(arguments, folder, environment or {}))
         process.start()
         process.join(200)
         if process.is_alive():
@@ -30,13 +33,13 @@ def minipaged(*arguments, text=""):
         return subprocess.CompletedProcess(arguments, process.exitcode, out, errors)
 
 
-def _main(arguments, folder):
+def _main(arguments, folder, environment):
     """In the new process: its files in place of the terminal, then what `minipaged` calls."""
     os.dup2(os.open(f"{folder}/input", os.O_RDONLY), 0)
     for number, name in enumerate(("output", "errors"), start=1):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
     sys.stdin = os.fdopen(0)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update({**ENVIRONMENT, **environment})
     sys.argv = ["minipaged", *arguments]
 
     from minipaged.cli import main

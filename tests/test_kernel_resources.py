@@ -36,16 +36,12 @@ def test_the_report_is_read():
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "head_size"),
-    [
-        *((torch.bfloat16, size) for size in (64, 80, 96, 128, 256)),
-        (torch.float16, 128),
-        (torch.float32, 128),
-    ],
+    ("dtype", "head_sizes"),
+    [(torch.bfloat16, (64, 80, 96, 128, 256)), (torch.float16, (128,)), (torch.float32, (128,))],
     ids=str,
 )
-def test_every_kernel_compiles_without_a_warning(dtype, head_size):
-    resources = kernel_resources(dtype, head_size)
+def test_every_kernel_compiles_without_a_warning(dtype, head_sizes):
+    resources = kernel_resources(dtype, head_sizes)
     for architecture in ("sm_80", "sm_90"):
         found = {r.kernel: r for r in resources if r.architecture == architecture}
         for name in ("step1_naive", "step5_online", "paged_attention_v1", "paged_attention_v2"):
@@ -59,11 +55,11 @@ def test_every_kernel_compiles_without_a_warning(dtype, head_size):
 @needs_nvcc
 @pytest.mark.slow
 def test_the_kernels_for_an_8_bit_cache_compile():
-    resources = kernel_resources(torch.bfloat16, 128, float8_cache=True, architectures=["sm_90"])
+    resources = kernel_resources(torch.bfloat16, [128], float8_cache=True, architectures=["sm_90"])
     assert any("fp8_e4m3" in r.kernel for r in resources)
 
 
 def test_no_nvcc(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(ConfigurationError, match=r"no nvcc .*cuda-toolkit"):
-        kernel_resources(torch.bfloat16, 128)
+        kernel_resources(torch.bfloat16, [128])

@@ -9,20 +9,24 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import command
 import pytest
 import torch
+from command import minipaged
 from safetensors.torch import load_file, save_file
 
 from minipaged.distributed import launch
-from minipaged.distributed.rendezvous import place_of
+from minipaged.distributed.place import place_of
+from minipaged.engine.builder import EngineOptions, is_parallel
 from minipaged.engine.llm import LLM
 from minipaged.errors import ConfigurationError, MinipagedError, RankDiedError
 from minipaged.models.loader import TINY
 from minipaged.models.shard import Shard
 from minipaged.request.sampling_params import SamplingParams
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, **command.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 OPTIONS = {"dtype": "float64", "num_blocks": 14, "block_size": 4, "preemption": "swap"}
 PROMPTS = ["ROMEO:", "First Citizen:", "O, what light"]
 GONE = 20.0  # seconds within which all processes of a job that failed must have ended
@@ -220,13 +224,7 @@ GENERATE = ("generate", *PROMPTS[:2], "--dtype", "float64", "--num-blocks", 9, "
 
 
 def test_torchrun_writes_the_same_text_once():
-    alone = subprocess.run(
-        [sys.executable, "-m", "minipaged", *map(str, GENERATE), "--max-tokens", "30"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=200,
-    )
+    alone = minipaged(*GENERATE, "--max-tokens", 30)
     done = torchrun(2, *GENERATE, "--max-tokens", 30)
     assert done.returncode == 0, done.stderr
     lines = [[li for li in r.stdout.splitlines() if "tokens/s" not in li] for r in (alone, done)]
@@ -238,21 +236,16 @@ def ranks_by_hand(*commands):
     """What torchrun would do on several hosts, where each has a command line of its own."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    processes = []
-    for rank, arguments in enumerate(commands):
-        place = {"RANK": rank, "WORLD_SIZE": len(commands), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "minipaged", *map(str, arguments)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**ENVIRONMENT, **{name: str(value) for name, value in place.items()}},
-            )
-        )
-    said = [process.communicate(timeout=200) for process in processes]
-    return [process.returncode for process in processes], said
+    place = {"WORLD_SIZE": len(commands), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def run(rank):
+        environment = {name: str(value) for name, value in {**place, "RANK": rank}.items()}
+        return minipaged(*commands[rank], environment=environment)
+
+    with ThreadPoolExecutor() as threads:
+        ranks = list(threads.map(run, range(len(commands))))
+    return [rank.returncode for rank in ranks], [(rank.stdout, rank.stderr) for rank in ranks]
 
 
 def test_several_hosts():
@@ -286,3 +279,12 @@ def test_where_a_process_is():
     place = place_of({**variables, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     assert place == (Shard(3, 4), 1, 2)
     assert json.dumps(place.local_rank) == "1"
+
+
+def test_the_variables_of_another_launcher_are_not_for_us(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "1")
+    assert not is_parallel(EngineOptions())
+    assert is_parallel(EngineOptions(tensor_parallel_size=2))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert is_parallel(EngineOptions())

@@ -124,7 +124,7 @@ def resources(
 
     chosen = named_dtype(dtype)
     head_size_fits(head_size, chosen)
-    found = kernel_resources(chosen, head_size, float8_cache)
+    found = kernel_resources(chosen, [head_size], float8_cache)
     report.show_resources(Console(highlight=False), found)
     if json_file is not None:
         report.write_json(json_file, found, dtype=dtype, head_size=head_size)

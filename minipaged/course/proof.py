@@ -107,7 +107,7 @@ def _run_pytest(
     arguments: list[str], files: Files, profile: str, folder: str, hypothesis_folder: str
 ) -> None:
     """In the new process: pytest, with all that it says in a file."""
-    gc.freeze()  # what was preloaded stays, and nobody need look through it
+    gc.freeze()  # what was preloaded stays: nobody need look through it for garbage
     said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
     os.dup2(said, 2)

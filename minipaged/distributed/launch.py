@@ -25,15 +25,14 @@ from minipaged.attention import device_of
 from minipaged.distributed.communication import Communicator, gloo_group, nccl_group
 from minipaged.distributed.lifeline import ORPHANED, REFUSED, Lifeline
 from minipaged.distributed.parallel_runner import ParallelRunner, work
+from minipaged.distributed.place import Place, place_of
 from minipaged.distributed.processes import start_ranks
 from minipaged.distributed.ranks import Ranks
 from minipaged.distributed.rendezvous import (
-    Place,
     address_of_rank_0,
     arguments_of,
     check_arguments,
     open_store,
-    place_of,
     publish,
 )
 from minipaged.distributed.wire import Peer

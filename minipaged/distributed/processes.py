@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from minipaged.distributed.lifeline import Lifeline
+from minipaged.distributed.place import LOOPBACK, STORE_FILE
 from minipaged.distributed.ranks import Ranks
-from minipaged.distributed.rendezvous import LIFELINE, LOOPBACK, STORE_FILE
+from minipaged.distributed.rendezvous import LIFELINE
 from minipaged.engine.builder import EngineOptions
 
 SUBSTITUTES = "MINIPAGED_SUBSTITUTES"

@@ -1,9 +1,4 @@
-"""How the ranks find each other, and whether they were all asked for the same.
-
-Where a rank is, the environment says: torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK,
-LOCAL_WORLD_SIZE, and MASTER_ADDR for its store), or those that `processes.py` sets for the ranks
-that it starts.
-"""
+"""How the ranks find each other, and whether they were all asked for the same."""
 
 from __future__ import annotations
 
@@ -12,63 +7,27 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from minipaged.distributed.place import STORE_FILE, Place
 from minipaged.distributed.wire import Address, Peer
 from minipaged.engine.builder import EngineOptions
 from minipaged.errors import ConfigurationError
 from minipaged.models.loader import resolve
-from minipaged.models.shard import Shard
 
-STORE_FILE = "MINIPAGED_STORE"
 LIFELINE = "MINIPAGED_LIFELINE"
 ADDRESS_KEY = "minipaged/lifeline"
-LOOPBACK = "127.0.0.1"
 MEETING = timedelta(seconds=600)
 SAMPLE = 2**20  # bytes at either end of a file that tell it from others
 
 Arguments = dict[str, list[str]]
 """What a rank was asked for: for each name what is compared, and how a person sees it."""
-
-
-class Place(NamedTuple):
-    """Which rank this process is, and where on its host."""
-
-    shard: Shard
-    local_rank: int
-    local_size: int
-
-    @property
-    def host(self) -> str:
-        """The name or number by which the other ranks reach this one."""
-        if self.local_size == self.shard.size:
-            return LOOPBACK
-        master = os.environ["MASTER_ADDR"]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((master, 9))  # sends nothing: it asks which way it would go
-            number = probe.getsockname()[0]
-        return master if number.startswith("127.") else number
-
-
-def place_of(environment: Mapping[str, str]) -> Place | None:
-    """The place that torchrun, or `processes.py`, gave this process; None if it is on its own."""
-    if not {"RANK", "WORLD_SIZE"} <= environment.keys():
-        return None
-    if "MASTER_ADDR" not in environment and STORE_FILE not in environment:
-        return None  # other programs count their processes with these names as well
-    size = int(environment["WORLD_SIZE"])
-    return Place(
-        Shard(int(environment["RANK"]), size),
-        int(environment.get("LOCAL_RANK", environment["RANK"])),
-        int(environment.get("LOCAL_WORLD_SIZE", size)),
-    )
 
 
 def open_store(place: Place, patience: timedelta = MEETING) -> Any:

@@ -16,6 +16,7 @@ import torch
 
 from minipaged.attention import attention_backend, backend_name, device_of
 from minipaged.attention.kernels import KernelAttention
+from minipaged.distributed.place import place_of
 from minipaged.engine.decode_graphs import DecodeGraphs
 from minipaged.engine.engine import Engine
 from minipaged.engine.model_runner import ModelRunner
@@ -123,10 +124,10 @@ def load_engine(model: str | Path, options: EngineOptions | None = None) -> Engi
 
 def is_parallel(options: EngineOptions) -> bool:
     """Whether the model is divided among ranks: if it is asked for, or torchrun started some."""
-    size = options.tensor_parallel_size
+    size, place = options.tensor_parallel_size, place_of(os.environ)
     if size is not None and size < 1:
         raise ConfigurationError(f"tensor_parallel_size is {size}; it must be at least 1")
-    return (size or 1) > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return (size or 1) > 1 or (place is not None and place.shard.size > 1)
 
 
 def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> Engine:

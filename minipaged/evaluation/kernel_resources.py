@@ -34,11 +34,11 @@ class KernelResources:
 
 def kernel_resources(
     dtype: torch.dtype,
-    head_size: int,
+    head_sizes: Sequence[int],
     float8_cache: bool = False,
     architectures: Sequence[str] = ARCHITECTURES,
 ) -> list[KernelResources]:
-    """Compile all kernels for this type and head size, any warning being an error.
+    """Compile all kernels for this type and these head sizes, any warning being an error.
 
     Raises ConfigurationError without nvcc, and with what it says where it fails.
     """
@@ -50,7 +50,7 @@ def kernel_resources(
         )
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
     flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "--threads", "0"]
-    flags += [*instances((dtype,), (head_size,)), f"-DFLOAT8_CACHE={int(float8_cache)}"]
+    flags += [*instances((dtype,), head_sizes), f"-DFLOAT8_CACHE={int(float8_cache)}"]
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(
             [nvcc, *targets, *flags, "-c", str(SOURCES / "paged_attention.cu"), "-o", "kernels.o"],
