@@ -125,6 +125,10 @@ def test_the_end_of_each_output_is_told_once_and_last(history):
     pieces, whole = watch(history)
     for index, final in whole.items():
         reasons = [piece.finish_reason for piece in pieces[index]]
+        assert any(reasons), (
+            f"output {index} ended with {final.finish_reason!r}, and none of its pieces said so: a "
+            "piece with the end is told even if no text comes with it"
+        )
         assert reasons == [None] * (len(reasons) - 1) + [final.finish_reason], (
             f"output {index} ended with {final.finish_reason!r}; its pieces said {reasons}: "
             "one that has ended is in every later output of its request, as long as another grows"

@@ -353,6 +353,10 @@ async def let_in(served, **requests):
     return stream
 
 
+def questions(number):
+    return f"{number} question{'s' * (number != 1)}"
+
+
 async def outputs_of(stream):
     missing = "a request has not ended, and the engine has nothing else to do"
     return await soon(stream.finished(), missing)
@@ -534,7 +538,7 @@ def test_nobody_is_left_behind_when_it_stops(num_questions, is_busy, num_turns):
         await turns(num_turns)
         asking = [asyncio.ensure_future(served.ask(id)) for _ in range(num_questions)]
         await turns(1)
-        story.tell(f"{num_questions} questions are left, then stop() is called")
+        story.tell(f"{questions(num_questions)}, then stop() is called")
         await served.stop()
         await soon(asyncio.gather(*asking), "a question that was left before stop() has no answer")
         with pytest.raises(ShuttingDownError):
@@ -544,10 +548,38 @@ def test_nobody_is_left_behind_when_it_stops(num_questions, is_busy, num_turns):
 
 
 @pytest.mark.task("17.2")
+@pytest.mark.parametrize("num_behind", [1, 3])
+def test_a_call_that_raises_takes_no_other_with_it(num_behind):
+    story.begin("in the middle of a step a call is left that raises, and behind it")
+    engine = small_engine()
+    held = Held(engine)
+
+    def fail():
+        raise RuntimeError("a call that fails, as this test wants it")
+
+    async def scene(served):
+        try:
+            await let_in(served, A=LONG)
+            await held.in_a_step()
+            served._leave(fail)
+            asking = [asyncio.ensure_future(served.ask(id)) for _ in range(num_behind)]
+            await turns(2)
+            story.tell(questions(num_behind))
+        finally:
+            held.go_on()
+        for question in asking:
+            with contextlib.suppress(EngineDiedError):
+                await soon(question, "a question behind a call that raised was never answered")
+        await soon(served.died.wait(), "nobody was told that the engine failed")
+
+    serve(engine, scene)
+
+
+@pytest.mark.task("17.2")
 @pytest.mark.parametrize("num_questions", [0, 2])
 def test_when_a_step_fails_nobody_hangs(num_questions, caplog):
     story.begin("a step raises a RuntimeError; A waits for its tokens")
-    story.tell(f"questions that were left in the middle of that step: {num_questions}")
+    story.tell(f"left in the middle of that step: {questions(num_questions)}")
     engine = small_engine()
     held = Held(engine)
 
@@ -699,14 +731,17 @@ def test_the_queue_holds_exactly_so_many(limit, sizes):
 @given(
     seconds=st.floats(1e-4, 300),
     count=st.integers(1, 64),
+    is_regular=st.booleans(),
 )
-def test_when_to_come_back_follows_the_pace_at_which_requests_end(seconds, count):
-    story.begin(f"the last {count} requests ended {seconds:g} s apart")
+def test_when_to_come_back_follows_the_pace_at_which_requests_end(seconds, count, is_regular):
+    how = f"every {seconds:g} s" if is_regular else f"together, {seconds * count:g} s ago"
+    story.begin(f"the last requests that ended are {count}: {how}")
 
     async def scene(served):
         assert served._retry_after() == 1, "nothing has ended yet, so the guess is 1 s"
         now = time.monotonic()
-        served._ends.extend(now - seconds * ago for ago in range(count, 0, -1))
+        places = range(count, 0, -1) if is_regular else [count] * count
+        served._ends.extend(now - seconds * ago for ago in places)
         story.tell("served._retry_after()")
         return served._retry_after()
 
@@ -715,7 +750,8 @@ def test_when_to_come_back_follows_the_pace_at_which_requests_end(seconds, count
     assert 1 <= got <= LONGEST_RETRY_AFTER, f"{got} s are not between 1 and {LONGEST_RETRY_AFTER}"
     expected = min(seconds, LONGEST_RETRY_AFTER)
     assert expected - 0.01 <= got <= expected + 2, (
-        f"a place gets free every {seconds:.1f} s, and the guess is {got} s"
+        f"{count} ended in the last {seconds * count:.1f} s, one every {seconds:.1f} s, and the "
+        f"guess is {got} s"
     )
 
 
@@ -769,11 +805,19 @@ def test_an_aborted_request_is_told_so_and_leaves_nothing(num_tokens):
     admit(engine, scene)
 
 
+def wait_without_turning(condition):
+    """The event loop stands still meanwhile, so that it hears of nothing."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "the engine does not go on"
+        time.sleep(0.001)
+
+
 @pytest.mark.task("17.3")
 @pytest.mark.parametrize("when", ["not seen", "accepted", "has a token", "refused"])
 def test_whoever_is_cancelled_while_adding_leaves_nothing(when):
     """At the moments at which the engine knows more than the one who waits for it."""
-    story.begin(f"whoever adds A and B is cancelled; for the engine the two are: {when}")
+    story.begin(f"whoever adds 'one' and 'two' is cancelled; for the engine they are: {when}")
     engine = small_engine()
     held = Held(engine)
 
@@ -782,17 +826,15 @@ def test_whoever_is_cancelled_while_adding_leaves_nothing(when):
             before = await soon(served.add([new("before", LONG)]), "add waits for ever")
             await held.in_a_step()
             request = REFUSED if when == "refused" else LONG
-            adding = asyncio.ensure_future(served.add([new("A", LONG), new("B", request)]))
+            adding = asyncio.ensure_future(served.add([new("one", LONG), new("two", request)]))
             await turns(2)
             if when != "not seen":
-                # The event loop stands still meanwhile, so that it hears of nothing.
                 num_steps = engine.num_steps + (2 if when == "has a token" else 1)
                 held.is_stepping.clear()
                 held.permits.release(num_steps - engine.num_steps)
-                end = time.monotonic() + PATIENCE
-                while engine.num_steps < num_steps or not held.is_stepping.is_set():
-                    assert time.monotonic() < end, "the engine does not go on"
-                    time.sleep(0.001)
+                wait_without_turning(
+                    lambda: engine.num_steps >= num_steps and held.is_stepping.is_set()
+                )
                 await turns(1)  # the answer has come, and whoever waits for it has not gone on
             adding.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -803,6 +845,55 @@ def test_whoever_is_cancelled_while_adding_leaves_nothing(when):
         await all_quiet(served)
 
     admit(engine, scene)
+
+
+@pytest.mark.task("17.3")
+def test_an_abort_does_not_overtake_the_last_output():
+    story.begin("A has ended, and its last output is on its way to an event loop that is busy")
+    engine = small_engine()
+
+    async def scene(served):
+        stream = await soon(served.add([new("A", SHORT)]), "add waits for ever")
+        wait_without_turning(lambda: not engine.has_unfinished_requests)
+        served.abort(stream)
+        story.tell("served.abort(stream of A)")
+        wait_without_turning(lambda: not served._calls)
+        time.sleep(0.02)  # the call has been taken, and is made
+        (got,) = await soon(
+            stream.finished(), "A's client was never told that A has ended: it was forgotten first"
+        )
+        assert got.outputs[0].finish_reason == "length", "A had ended before it was aborted"
+        await all_quiet(served)
+
+    admit(engine, scene)
+
+
+@pytest.mark.task("17.3")
+def test_an_engine_that_has_failed_is_left_alone():
+    story.begin("a step fails; in the middle of it A was aborted, and somebody asked something")
+    engine = small_engine()
+    held, aborted = Held(engine), []
+    engine.abort = aborted.append
+
+    async def scene(served):
+        def fail(plan):
+            raise RuntimeError("a step that fails, as this test wants it")
+
+        try:
+            stream = await soon(served.add([new("A", LONG)]), "add waits for ever")
+            await held.in_a_step()
+            held.execute = fail
+            served.abort(stream)
+            asking = asyncio.ensure_future(served.ask(id))
+            await turns(2)
+        finally:
+            held.go_on()
+        with contextlib.suppress(EngineDiedError):
+            await soon(asking, "a question that had been left was never answered")
+        await soon(served.died.wait(), "nobody was told that the engine failed")
+
+    admit(engine, scene)
+    assert not aborted, "after a failure nobody knows what is in the engine: do not call it"
 
 
 behaviours = st.sampled_from(

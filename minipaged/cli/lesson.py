@@ -88,10 +88,8 @@ def run_tests_of(
     done = all(outcome.score(lesson).get(n) == lesson.task(n).points for n in tasks)
     if done and task is None:
         print(f"\nAll of lesson {lesson.number}.  The last cell of its notebook runs on your code")
-        if lesson.run is not None:
-            command, _, options = lesson.run.partition(" ")
-            print("now, and so does:")
-            print(f"minipaged {command} --lessons {lesson.number} {options}")
+        if lesson.command is not None:
+            print(f"now, and so does:\n{lesson.command}")
     raise typer.Exit(0 if done else 1)
 
 

@@ -103,7 +103,7 @@ def instructions(lessons: Sequence[Lesson]) -> str:
             )
     if given:
         numbers = ", ".join(map(str, given))
-        lines += ["", f"They build on lessons {numbers}, which are complete in `minipaged/`."]
+        lines += ["", f"What they build on, of lessons {numbers}, is complete in `minipaged/`."]
     if len(lessons) > 1:
         lines += [
             "",
@@ -112,13 +112,13 @@ def instructions(lessons: Sequence[Lesson]) -> str:
         ]
     if len(graded) < sum(len(lesson.files) for lesson in lessons):
         lines += ["", "A file that two lessons ask for is in the folder of the first, for both."]
-    names = [str(lesson.number) for lesson in lessons]
+    commands = [lesson.command for lesson in lessons if lesson.command is not None]
     lines += [
         "",
         "```console",
         '$ pip install --editable ".[test]"',
-        *(f"$ minipaged lesson test {name}" for name in names),
-        f"$ minipaged generate --lessons {','.join(names)} ROMEO:",
+        *(f"$ minipaged lesson test {lesson.number}" for lesson in lessons),
+        *(f"$ {command}" for command in commands),
         "```",
         "",
         "Read `lesson.ipynb` in the folder of each lesson.  Hand in your files by their names.",

@@ -120,6 +120,14 @@ class Lesson:
         raise LessonError(f"lesson {self.number} has no task {number}; it has {known}")
 
     @property
+    def command(self) -> str | None:
+        """What to type to see what was written at work."""
+        if self.run is None:
+            return None
+        command, _, options = self.run.partition(" ")
+        return f"minipaged {command} --lessons {self.number} {options}".rstrip()
+
+    @property
     def points(self) -> int:
         """Points of all tasks."""
         return sum(task.points for task in self.tasks)
