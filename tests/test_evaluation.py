@@ -21,6 +21,7 @@ from minipaged.evaluation.latency import measure_latency
 from minipaged.evaluation.memory_policies import measure_policies
 from minipaged.evaluation.prefix_replay import read_block_trace, replay
 from minipaged.evaluation.sharing import PAPER, measure_sharing
+from minipaged.evaluation.sweep import paging_cost
 from minipaged.request.sampling_params import SamplingParams
 
 MOONCAKE = Path(__file__).parents[2] / "shared" / "data" / "mooncake_conversation.jsonl"
@@ -156,6 +157,13 @@ def test_kernel_times_are_of_the_bytes_they_name(attention, monkeypatch):
             2 * 3 * 40 * 2 * 16 * 4  # keys and values x sequences x tokens x heads x size x bytes
         )
         assert t.of_copy > 0
+
+
+def test_the_cost_of_paging_is_that_of_each_way(monkeypatch, one_thread):
+    monkeypatch.setattr(kernel, "BYTES_IN_ALL", {"cpu": 2**20, "cuda": 2**20})
+    times = paging_cost(batch=2, context=40, repeats=1)
+    assert {"scattered blocks", "blocks in a row", "SDPA, contiguous"} <= times.keys()
+    assert all(microseconds > 0 for microseconds in times.values())
 
 
 def test_the_systems_of_the_kernel_bench_compute_the_same():

@@ -89,6 +89,22 @@ def sharing(dataset: str, decoding: str, width: int, num_requests: int) -> dict[
     return dataclasses.asdict(measure_sharing(engine, dataset, decoding, width, num_requests, 0))
 
 
+def paging_cost(batch: int, context: int, repeats: int) -> dict[str, float]:
+    """Microseconds of one layer's decoding attention with OPT-13B's heads, paged and contiguous.
+
+    Measured with this machine's attention, on its GPU or on one core: nothing is simulated here.
+    """
+    import torch
+
+    from minipaged.evaluation.kernel import DecodeShape, measure_kernels
+
+    torch.set_num_threads(1)
+    attention = "cuda" if torch.cuda.is_available() else "native"
+    shape = DecodeShape(batch, context, heads=40, kv_heads=40, head_dim=128)
+    times = measure_kernels(shape, attention, torch.bfloat16, repeats)
+    return {time.name.removeprefix(f"{attention}, "): time.microseconds for time in times}
+
+
 def preemption_costs(deployment: str, block_size: int, tokens: int) -> dict[str, Any]:
     """Seconds to bring back one sequence of so many tokens, by each way (figure 19a)."""
     cost = CostModel(DEPLOYMENTS[deployment], block_size)

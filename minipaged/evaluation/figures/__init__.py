@@ -63,12 +63,13 @@ FIGURES = {
     "fig16": Figure("A shared prefix", fig16_tasks, fig16_table, bars_of(fig16_table, RATE)),
     "fig17": Figure("A chat", fig17_tasks, fig17_table, fig17_plot),
     "fig18": Figure(
-        "The size of a block",
+        "What paging costs, and the size of a block",
         fig18_tasks,
         fig18_table,
         fig18_plot,
-        note="Waste and sharing alone: that a GPU reads very small blocks more slowly is not in "
-        "the cost model.",
+        note="The attention is measured on the machine that runs this; the paper's is that of an "
+        "A100.  The sizes of blocks show waste and sharing alone: that a GPU reads very small "
+        "blocks more slowly is not in the cost model.",
     ),
     "fig19": Figure("Recomputation and swapping", fig19_tasks, fig19_table, fig19_plot),
     "policies": Figure(

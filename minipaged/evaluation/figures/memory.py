@@ -83,14 +83,22 @@ def fig13_table(results: Results) -> list[Row]:
     return rows
 
 
-# Figures 18b and 19: the size of a block, swapping and recomputation.
+# Figures 18 and 19: what paging costs, the size of a block, swapping and recomputation.
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+KERNELS = [(batch, context) for batch in (8, 32) for context in (64, 128, 256)]
 
 
 def fig18_tasks(quick: bool) -> dict[str, Task]:
-    """Both datasets at a rate that blocks of 16 hardly sustain."""
-    return {
+    """The attention by itself; both datasets at a rate that blocks of 16 hardly sustain."""
+    kernels = {
+        f"kernel {batch} {context}": Task(
+            sweep.paging_cost,
+            {"batch": batch, "context": context, "repeats": 3 if quick else 25},
+        )
+        for batch, context in KERNELS
+    }
+    return kernels | {
         f"{dataset} {block_size}": serve_task(
             dataset, rate, 120 if quick else seconds, block_size=block_size
         )
@@ -100,8 +108,21 @@ def fig18_tasks(quick: bool) -> dict[str, Task]:
 
 
 def fig18_table(results: Results) -> list[Row]:
-    """Normalized latency over that of the best block size; the paper calls 16 to 32 best."""
+    """The attention over that of contiguous memory; latencies over that of the best block size.
+
+    The paper calls blocks of 16 to 32 best.
+    """
     rows = []
+    for batch, context in KERNELS:
+        times, what = (
+            results[f"kernel {batch} {context}"],
+            f"attention, {batch} of {context} tokens",
+        )
+        paged = times["scattered blocks"]
+        rows.append(
+            Row(f"{what}: paged / in a row", "1.20 to 1.26", paged / times["blocks in a row"])
+        )
+        rows.append(Row(f"{what}: paged / PyTorch's", None, paged / times["SDPA, contiguous"]))
     for dataset in ("sharegpt", "alpaca"):
         latencies = {size: results[f"{dataset} {size}"]["latency"] for size in BLOCK_SIZES}
         best = min(latencies.values())
@@ -110,8 +131,21 @@ def fig18_table(results: Results) -> list[Row]:
 
 
 def fig18_plot(canvas: Canvas, results: Results) -> None:
-    """Latency over the block size."""
-    ax = canvas.subplots()
+    """Time over the context, paged and not; latency over the block size."""
+    canvas.set_size_inches(9, 4)
+    left, ax = canvas.subplots(1, 2)
+    for batch in (8, 32):
+        contexts = [context for size, context in KERNELS if size == batch]
+        times = [results[f"kernel {batch} {context}"] for context in contexts]
+        for name, style in (("scattered blocks", "-"), ("blocks in a row", ":")):
+            values = [time[name] / 1e3 for time in times]
+            left.plot(contexts, values, style, marker=".", label=f"{batch} sequences, {name}")
+    left.set_xscale("log", base=2)
+    left.set_yscale("log")
+    left.set_xlabel("tokens of each sequence")
+    left.set_ylabel("attention of one layer, ms")
+    left.set_ylim(bottom=0.1)
+    left.legend(loc="lower right")
     for dataset in ("sharegpt", "alpaca"):
         latencies = [results[f"{dataset} {size}"]["latency"] for size in BLOCK_SIZES]
         ax.plot(BLOCK_SIZES, latencies, marker=".", label=dataset)
