@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CONTEXT, EOS, VOCAB, tiny_decoder
 
@@ -213,7 +214,7 @@ def test_what_is_kept_is_the_keys_and_values_and_no_more():
 
 
 @pytest.mark.task("1.3")
-@settings(max_examples=60)
+@at_most(60)
 @given(
     prompt=st.integers(0, 3),
     choices=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), max_size=8),
@@ -262,7 +263,7 @@ prompts = st.lists(token_ids, min_size=1, max_size=6)
 
 
 @pytest.mark.task("1.4")
-@settings(max_examples=50)
+@at_most(50)
 @given(pieces=st.lists(st.lists(token_ids, min_size=1, max_size=4), min_size=1, max_size=4))
 def test_only_new_tokens_are_computed(pieces):
     story.begin()
@@ -340,21 +341,21 @@ def check_generation(prompt, model_seed=0, random_key=(0,), **params):
 
 
 @pytest.mark.task("1.5")
-@settings(max_examples=30)
+@at_most(30)
 @given(prompt=prompts, model_seed=st.integers(0, 3), max_tokens=st.integers(1, 8))
 def test_the_likeliest_tokens(prompt, model_seed, max_tokens):
     check_generation(prompt, model_seed, temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
 @pytest.mark.task("1.5")
-@settings(max_examples=30)
+@at_most(30)
 @given(prompt=prompts, seed=st.integers(0, 9), max_tokens=st.integers(1, 8))
 def test_tokens_drawn_from_the_stream_of_the_request(prompt, seed, max_tokens):
     check_generation(prompt, 0, (seed, 0), temperature=1.5, max_tokens=max_tokens, ignore_eos=True)
 
 
 @pytest.mark.task("1.5")
-@settings(max_examples=30)
+@at_most(30)
 @given(prompt=prompts, seed=st.integers(0, 9), stop=st.lists(token_ids, max_size=1))
 def test_an_end_token_ends_the_output(prompt, seed, stop):
     check_generation(prompt, 0, (seed, 0), temperature=1.5, max_tokens=12, stop_token_ids=stop)

@@ -1,7 +1,8 @@
 """Lesson 2: contiguous runs of blocks, as a buddy allocator gives them out (T2)."""
 
 import pytest
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from turned import must_find, must_let_pass
 
@@ -184,7 +185,7 @@ def test_all_comes_back_and_is_whole_again(num_blocks, steps):
 
 @pytest.mark.task("2.3")
 @given(num_blocks=st.sampled_from([4, 8, 12, 16]), order=st.randoms(use_true_random=False))
-@settings(max_examples=60)
+@at_most(60)
 def test_free_halves_are_joined_and_other_neighbours_are_not(num_blocks, order):
     pool = new_pool(num_blocks)
     held = Held(pool)

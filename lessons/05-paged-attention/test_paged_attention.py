@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.attention import paged
@@ -312,7 +313,7 @@ def test_scores_may_have_any_size(case):
 
 
 @pytest.mark.task("5.4")
-@settings(max_examples=40)
+@at_most(40)
 @given(step=steps(), seed=st.integers(0, 9))
 def test_a_whole_step_equals_contiguous_attention(step, seed):
     """Prompts, parts of prompts and single tokens, written and read through the tables."""

@@ -6,7 +6,8 @@ PYTEST_DONT_REWRITE: what an assertion has to say is in its message.
 from bisect import insort
 
 import pytest
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from turned import must_find, must_let_pass
 
@@ -518,7 +519,7 @@ def check_step(server, plan, before):
 
 
 @pytest.mark.task("6.4")
-@settings(max_examples=60)
+@at_most(60)
 @given(
     block_size=st.integers(1, 4),
     num_blocks=st.integers(2, 12),
@@ -546,7 +547,7 @@ def test_who_ends_makes_room_in_the_very_next_step():
 
 
 @pytest.mark.task("6.4")
-@settings(max_examples=40)
+@at_most(40)
 @given(arriving=arrivals, seats=st.integers(1, 4))
 def test_a_static_batch_lets_nobody_in_until_all_have_ended(arriving, seats):
     server = Server(4, 64, seats, 64, static_batches=True)

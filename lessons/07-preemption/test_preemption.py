@@ -6,7 +6,8 @@ PYTEST_DONT_REWRITE: what an assertion has to say is in its message.
 from collections import Counter
 
 import pytest
-from hypothesis import assume, example, given, settings
+from effort import at_most
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from minipaged.course.narration import Narrated, story
@@ -638,7 +639,7 @@ class Engine:
 
 
 @pytest.mark.task("7.5")
-@settings(max_examples=60)
+@at_most(60)
 @given(
     block_size=st.integers(1, 4),
     num_blocks=st.integers(4, 10),

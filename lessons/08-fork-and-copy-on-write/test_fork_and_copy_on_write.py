@@ -3,7 +3,8 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Request, Workload
 from turned import must_find_one
@@ -372,7 +373,7 @@ sampled_requests = st.builds(
 
 
 @pytest.mark.task("8.4")
-@settings(max_examples=20)
+@at_most(20)
 @given(requests=st.lists(sampled_requests, min_size=1, max_size=3), block_size=st.integers(1, 5))
 def test_every_sample_is_what_it_would_be_alone(requests, block_size):
     workload, engine, _, outputs = serve(requests, block_size)
@@ -401,7 +402,7 @@ def test_as_many_are_drawn_as_were_to_be_compared():
 
 
 @pytest.mark.task("8.4")
-@settings(max_examples=20)
+@at_most(20)
 @given(
     prompt=st.lists(st.integers(0, 12), min_size=1, max_size=12),
     n=st.integers(2, 4),

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from effort import at_most
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import Request, Workload
 
@@ -300,7 +301,7 @@ def run_search(search, model):
 
 
 @pytest.mark.task("9.4")
-@settings(max_examples=60)
+@at_most(60)
 @given(
     seed=st.integers(0, 1000),
     width=st.integers(1, 4),
@@ -407,7 +408,7 @@ def beam_requests(draw):
 
 
 @pytest.mark.task("9.5")
-@settings(max_examples=25)
+@at_most(25)
 @given(requests=st.lists(beam_requests(), min_size=1, max_size=2), block_size=st.integers(1, 5))
 def test_every_request_gets_what_it_would_get_alone(requests, block_size):
     workload, _, outputs = serve(requests, block_size)
@@ -424,7 +425,7 @@ def test_every_request_gets_what_it_would_get_alone(requests, block_size):
 
 
 @pytest.mark.task("9.5")
-@settings(max_examples=25)
+@at_most(25)
 @given(request_=beam_requests(), block_size=st.integers(1, 5))
 def test_what_observers_are_told_is_what_happened(request_, block_size):
     """The beam tree is drawn from it: forks and ends lead from one step's beams to the next's."""

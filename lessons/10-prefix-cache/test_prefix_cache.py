@@ -4,7 +4,8 @@ import zlib
 from collections import Counter
 
 import pytest
-from hypothesis import example, given, settings
+from effort import at_most
+from hypothesis import example, given
 from hypothesis import strategies as st
 from turned import must_find, must_let_pass
 
@@ -543,7 +544,7 @@ def test_a_table_holds_the_tokens_of_its_sequence(prompts, choices, block_size, 
 
 @pytest.mark.task("10.4")
 @given(prompts=prompts, choices=choices, block_size=block_sizes)
-@settings(max_examples=50)
+@at_most(50)
 def test_with_names_that_collide_too(prompts, choices, block_size):
     memory = Memory(block_size, 12, Colliding)
     memory.begin(25, prompts[0])

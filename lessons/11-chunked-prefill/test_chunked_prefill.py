@@ -4,7 +4,8 @@ import functools
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Request, Workload
 
@@ -439,7 +440,7 @@ def alone(prompt, max_tokens, model):
 
 
 @pytest.mark.task("11.3")
-@settings(max_examples=15)
+@at_most(15)
 @given(
     requests=st.lists(
         st.tuples(

@@ -6,7 +6,8 @@ import mmap
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from lesson_kernels import Emulator, check_decoding
 from test_attention import Case
@@ -35,7 +36,7 @@ KERNELS = Emulator(HEAD_SIZE)
     count=st.integers(1, 8),
     padding=st.integers(0, 2),
 )
-@settings(max_examples=40)
+@at_most(40)
 def test_tokens_are_written_to_their_slots(kv_heads, block_size, slots, count, padding):
     slots = [*slots[:count], *[-1, -16][:padding]]
     story.begin()
@@ -94,7 +95,7 @@ def test_a_slot_beyond_2_to_the_31_elements():
 
 @pytest.mark.task("12.2")
 @given(blocks=st.permutations(range(7)), count=st.integers(1, 5), hosts=st.permutations(range(5)))
-@settings(max_examples=40)
+@at_most(40)
 def test_blocks_are_copied_in_all_layers(blocks, count, hosts):
     pairs = list(zip(blocks, hosts, strict=False))[:count]
     copies = list(zip(blocks[:count], blocks[count:], strict=False))
@@ -137,7 +138,7 @@ def decoding_cases(draw):
 
 @pytest.mark.task("12.3")
 @given(case=decoding_cases())
-@settings(max_examples=30)
+@at_most(30)
 def test_every_token_is_found_through_the_table(case):
     check_decoding(KERNELS, case, "prompt")  # the kernel for prompts, which no lesson asks for
 
@@ -167,14 +168,14 @@ def test_a_block_beyond_2_to_the_31_elements():
 
 @pytest.mark.task("12.4")
 @given(case=decoding_cases(), larger=st.sampled_from([1.0, 1.0, 300.0, -1.0]))
-@settings(max_examples=60)
+@at_most(60)
 def test_step1_equals_contiguous_attention(case, larger):
     check_decoding(KERNELS, case, "step1", larger)
 
 
 @pytest.mark.task("12.4")
 @given(case=decoding_cases(), new=st.integers(2, 4))
-@settings(max_examples=15)
+@at_most(15)
 def test_step1_beside_a_prompt(case, new):
     """The rows of a prompt come first: the query of a sequence is not in the row of its number."""
     check_decoding(

@@ -5,7 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 import quick_kernels
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from lesson_kernels import Emulator, check_decoding, compiled, fail_as_reported
 from test_attention import Case
@@ -37,14 +38,14 @@ large_scores = st.sampled_from([1.0, 1.0, 300.0, -1.0])
 
 @pytest.mark.task("13.1")
 @given(case=decoding_cases(), larger=large_scores)
-@settings(max_examples=30)
+@at_most(30)
 def test_step2_equals_contiguous_attention(case, larger):
     check_decoding(KERNELS, case, "step2", larger)
 
 
 @pytest.mark.task("13.1")
 @given(case=decoding_cases(most=300))
-@settings(max_examples=10)
+@at_most(10)
 def test_step2_with_more_tokens_than_threads(case):
     check_decoding(KERNELS, case, "step2")
 
@@ -94,7 +95,7 @@ powers = st.integers(0, 5).map(lambda bits: 2**bits)
     values=st.lists(st.integers(-9, 9), min_size=2 * WARP, max_size=2 * WARP),
     bounds=st.tuples(powers, powers).map(sorted),
 )
-@settings(max_examples=60)
+@at_most(60)
 def test_lanes_are_folded(fold, values, bounds):
     low, high = bounds
     story.begin()
@@ -121,13 +122,13 @@ def test_lanes_are_folded(fold, values, bounds):
 
 @pytest.mark.task("13.3")
 @given(case=decoding_cases(), larger=large_scores)
-@settings(max_examples=30)
+@at_most(30)
 def test_step3_equals_contiguous_attention(case, larger):
     check_decoding(KERNELS, case, "step3", larger)
 
 
 @pytest.mark.task("13.4")
 @given(case=decoding_cases(), larger=large_scores)
-@settings(max_examples=30)
+@at_most(30)
 def test_step5_equals_contiguous_attention(case, larger):
     check_decoding(KERNELS, case, "step5", larger)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import quick_kernels
 import torch
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from lesson_kernels import Emulator
 from test_attention import Case, place
@@ -79,7 +80,7 @@ def run(kernels, case, batch, cache, query, version, splits):
 
 @pytest.mark.task("14.1")
 @given(case=decoding_cases())
-@settings(max_examples=25)
+@at_most(25)
 def test_v1_equals_contiguous_attention(case):
     torch.manual_seed(case.seed)
     batch, cache, kv = place(case)
@@ -135,7 +136,7 @@ splits_drawn = st.integers(1, 6)
 
 @pytest.mark.task("14.2")
 @given(case=decoding_cases(), splits=splits_drawn)
-@settings(max_examples=20)
+@at_most(20)
 def test_every_token_is_in_one_part(case, splits):
     """With keys of 0 all scores are 0 and all weights 1: the sums count tokens."""
     (largest, weight_sum, _), _ = run_first_kernel(case, splits, no_keys=True)
@@ -160,7 +161,7 @@ def test_every_token_is_in_one_part(case, splits):
 
 @pytest.mark.task("14.2")
 @given(case=decoding_cases(), splits=splits_drawn)
-@settings(max_examples=20)
+@at_most(20)
 def test_the_parts_together_are_the_attention(case, splits):
     (largest, weight_sum, values), wanted = run_first_kernel(case, splits)
     if not weight_sum.isfinite().all() or not values.isfinite().all():
@@ -175,7 +176,7 @@ def test_the_parts_together_are_the_attention(case, splits):
 
 @pytest.mark.task("14.3")
 @given(case=decoding_cases(), splits=splits_drawn, sunk=st.booleans())
-@settings(max_examples=25)
+@at_most(25)
 def test_v2_equals_contiguous_attention(case, splits, sunk):
     torch.manual_seed(case.seed)
     batch, cache, kv = place(case)

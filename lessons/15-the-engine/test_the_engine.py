@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import EOS, Request, Workload, check_output, tiny_decoder, workloads
 
@@ -99,7 +100,7 @@ def test_the_distribution_is_that_of_the_definition(logits, params):
 
 
 @pytest.mark.task("15.1")
-@settings(max_examples=40)
+@at_most(40)
 @given(data=st.data(), size=st.integers(2, 6), params=st.lists(shapes, min_size=2, max_size=3))
 def test_each_row_has_its_own_parameters(data, size, params):
     row = st.lists(st.integers(-8, 8).map(lambda i: i / 4), min_size=size, max_size=size)
@@ -192,7 +193,7 @@ wishes = st.builds(
 
 
 @pytest.mark.task("15.2")
-@settings(max_examples=50)
+@at_most(50)
 @given(params=st.lists(wishes, min_size=2, max_size=5), seed=st.integers(0, 99))
 def test_a_token_does_not_depend_on_the_others_of_the_batch(params, seed):
     story.begin("every sequence has the stream of its own key (7, number)")
@@ -209,7 +210,7 @@ def test_a_token_does_not_depend_on_the_others_of_the_batch(params, seed):
 
 
 @pytest.mark.task("15.2")
-@settings(max_examples=30)
+@at_most(30)
 @given(rows=st.lists(logit_rows.filter(lambda row: len(row) > 3), min_size=1, max_size=3))
 def test_temperature_0_takes_the_likeliest(rows):
     rows = [row[:4] for row in rows]
@@ -412,7 +413,7 @@ def check_logits(logits, plan, sequences):
 
 
 @pytest.mark.task("15.4")
-@settings(max_examples=30)
+@at_most(30)
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     block_size=st.integers(1, 4),
@@ -444,7 +445,7 @@ def test_every_row_is_that_of_its_sequence_alone(lengths, block_size, data):
 
 
 @pytest.mark.task("15.4")
-@settings(max_examples=50)
+@at_most(50)
 @given(
     swap_out=st.dictionaries(st.integers(0, 3), st.integers(0, 5), max_size=2),
     swap_in=st.dictionaries(st.integers(0, 3), st.integers(0, 5), max_size=2),
@@ -623,7 +624,7 @@ def one_by_one(prompt, **options):
 
 
 @pytest.mark.task("15.5")
-@settings(max_examples=25)
+@at_most(25)
 @given(prompt=st.lists(st.integers(0, 12), min_size=1, max_size=11), tokens=st.integers(1, 5))
 def test_a_step_returns_those_who_got_a_token(prompt, tokens):
     life = Life(one_by_one(prompt, max_tokens=tokens), "a prompt of more than 4 tokens takes steps")
@@ -642,7 +643,7 @@ def test_a_step_returns_those_who_got_a_token(prompt, tokens):
 
 
 @pytest.mark.task("15.5")
-@settings(max_examples=25)
+@at_most(25)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=2, max_size=3),
     steps=st.integers(0, 6),
@@ -761,7 +762,7 @@ def test_an_end_token_ends_the_output():
 
 
 @pytest.mark.task("15.5")
-@settings(max_examples=20)
+@at_most(20)
 @given(workload=workloads())
 def test_tokens_do_not_depend_on_the_schedule(workload):
     life = Life(workload)

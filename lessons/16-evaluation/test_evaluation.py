@@ -7,7 +7,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.course.narration import story
@@ -88,7 +89,7 @@ def test_a_rate_that_cannot_be_is_refused(rate):
 
 @pytest.mark.task("16.1")
 @given(seed=st.integers(0, 10**6), seconds=st.floats(0.5, 4))
-@settings(max_examples=40)
+@at_most(40)
 def test_none_comes_after_the_end(seed, seconds):
     story.begin()
     story.tell(f'list(poisson_requests("alpaca", 3.0, {seconds:g}, {CONTEXT}, {seed}))')
@@ -121,7 +122,7 @@ def test_lengths_are_those_of_the_dataset(dataset):
 
 
 @pytest.mark.task("16.1")
-@settings(max_examples=20)
+@at_most(20)
 @given(seed=st.integers(0, 99), rate=st.sampled_from([0.3, 7.0, 40.0]))
 def test_a_seed_makes_the_same_requests_again(seed, rate):
     def first(seed, rate):

@@ -9,7 +9,8 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from effort import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Request, Workload, check_output
 
@@ -363,7 +364,7 @@ async def outputs_of(stream):
 
 
 @pytest.mark.task("17.2")
-@settings(max_examples=40)
+@at_most(40)
 @given(script=st.lists(st.sampled_from(["ask", "ask", "request", "turn"]), min_size=1, max_size=12))
 def test_calls_are_made_in_order_between_two_steps_by_one_thread(script):
     story.begin("an event loop leaves these for the engine, one after the other")
@@ -414,7 +415,7 @@ def test_calls_are_made_in_order_between_two_steps_by_one_thread(script):
 
 
 @pytest.mark.task("17.2")
-@settings(max_examples=25)
+@at_most(25)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=4),
     pauses=st.lists(st.integers(0, 20), min_size=4, max_size=4),
@@ -525,7 +526,7 @@ def test_the_event_loop_is_not_kept_waiting(what):
 
 
 @pytest.mark.task("17.2")
-@settings(max_examples=40)
+@at_most(40)
 @given(num_questions=st.integers(1, 4), is_busy=st.booleans(), num_turns=st.integers(0, 10))
 def test_nobody_is_left_behind_when_it_stops(num_questions, is_busy, num_turns):
     story.begin(f"the engine is {'busy' if is_busy else 'idle'}, and is stopped")
@@ -641,7 +642,7 @@ def tell_added(names, what=""):
 
 
 @pytest.mark.task("17.3")
-@settings(max_examples=40)
+@at_most(40)
 @given(
     num_good=st.integers(1, 4),
     place=st.integers(0, 4),
@@ -678,7 +679,7 @@ def test_all_are_let_in_or_none(num_good, place, error, is_busy):
 
 
 @pytest.mark.task("17.3")
-@settings(max_examples=25)
+@at_most(25)
 @given(limit=st.integers(1, 5), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=8))
 def test_the_queue_holds_exactly_so_many(limit, sizes):
     story.begin(f"AsyncEngine(engine, max_queued={limit}), with one request running")
@@ -727,7 +728,7 @@ def test_the_queue_holds_exactly_so_many(limit, sizes):
 
 
 @pytest.mark.task("17.3")
-@settings(max_examples=40)
+@at_most(40)
 @given(
     seconds=st.floats(1e-4, 300),
     count=st.integers(1, 64),
@@ -902,7 +903,7 @@ behaviours = st.sampled_from(
 
 
 @pytest.mark.task("17.3")
-@settings(max_examples=30)
+@at_most(30)
 @given(
     clients=st.lists(
         st.tuples(behaviours, st.integers(0, 8), st.integers(1, 2)), min_size=1, max_size=6
@@ -952,7 +953,7 @@ def test_whoever_stays_gets_their_tokens_whatever_the_others_do(clients):
 
 
 @pytest.mark.task("17.3")
-@settings(max_examples=25)
+@at_most(25)
 @given(num_requests=st.integers(1, 4), num_turns=st.integers(0, 30))
 def test_stopping_ends_all_requests_where_they_stand(num_requests, num_turns):
     story.begin(f"{num_requests} requests of 40 tokens, then stop()")

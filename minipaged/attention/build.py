@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -129,7 +130,8 @@ def native_attention() -> Any:
 def cuda_kernels(dtypes: tuple[torch.dtype, ...], head_sizes: tuple[int, ...]) -> Any:
     """The kernels for these types and head sizes, compiled for the GPU of this machine."""
     find_nvcc()
-    flags = ["-O3", "--expt-relaxed-constexpr", *instances(dtypes, head_sizes)]
+    chosen = [shlex.quote(flag) for flag in for_nvcc(instances(dtypes, head_sizes))]
+    flags = ["-O3", "--expt-relaxed-constexpr", *chosen]  # torch gives them to a shell
     return load(
         "minipaged_cuda",
         [SOURCES / "binding.cpp"],
@@ -143,6 +145,11 @@ def instances(dtypes: Sequence[torch.dtype], head_sizes: Sequence[int]) -> list[
     """Flags that say which kernels of paged_attention.cu are to be compiled."""
     types = ",".join(CPP_TYPES[dtype] for dtype in dtypes)
     return [f"-DNUMBER_TYPES={types}", f"-DHEAD_SIZES={','.join(map(str, head_sizes))}"]
+
+
+def for_nvcc(flags: Sequence[str]) -> list[str]:
+    """These flags for nvcc, to which a comma separates values of one flag, unless escaped."""
+    return [flag.replace(",", r"\,") for flag in flags]
 
 
 def load(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minipaged.attention.build import SOURCES, instances
+from minipaged.attention.build import SOURCES, for_nvcc, instances
 from minipaged.errors import ConfigurationError
 
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -50,7 +50,7 @@ def kernel_resources(
         )
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
     flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "--threads", "0"]
-    flags += [*instances((dtype,), head_sizes), f"-DFLOAT8_CACHE={int(float8_cache)}"]
+    flags += [*for_nvcc(instances((dtype,), head_sizes)), f"-DFLOAT8_CACHE={int(float8_cache)}"]
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(
             [nvcc, *targets, *flags, "-c", str(SOURCES / "paged_attention.cu"), "-o", "kernels.o"],
