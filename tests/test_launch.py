@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import command
 import pytest
@@ -17,7 +18,7 @@ import torch
 from command import minipaged
 from safetensors.torch import load_file, save_file
 
-from minipaged.distributed import launch
+from minipaged.distributed import communication, launch
 from minipaged.distributed.place import place_of
 from minipaged.engine.builder import EngineOptions, is_parallel
 from minipaged.engine.llm import LLM
@@ -165,6 +166,16 @@ def test_a_rank_that_dies_is_named(phase, monkeypatch):
         texts(llm)
     assert f"rank 1 (process {started[0]} on {socket.gethostname()})" in str(caught.value)
     wait_until_gone(started)
+
+
+def test_rank_0_does_not_wait_for_ever_for_what_nobody_sends(monkeypatch):
+    """As when one rank leaves out a sum of which the other is a part."""
+    monkeypatch.setattr(communication, "IN_A_STEP", timedelta(seconds=1))
+    llm = LLM(tensor_parallel_size=2, **OPTIONS)
+    pids = others(llm)
+    with pytest.raises(RankDiedError, match="waited for in vain in the middle of a step"):
+        llm.engine.runner.ranks.communicator.all_reduce(torch.ones(3))
+    wait_until_gone(pids.values())
 
 
 SCRIPT = """

@@ -25,8 +25,11 @@ from minipaged.models.shard import Shard
 from minipaged.scheduling.step_plan import StepPlan
 
 CONNECTING = timedelta(seconds=60)
-# A server may be idle for long; that a rank is gone shows by its connections, not by silence.
+# A server may be idle for long, and then the others wait for rank 0; that a rank is gone shows by
+# its connections, not by silence.  Rank 0 waits for the others only within a step, which all ranks
+# compute at the same time: who is later than this is stuck, or waits for something else.
 IDLE = timedelta(days=365)
+IN_A_STEP = timedelta(minutes=5)
 
 Explain = Callable[[RuntimeError], BaseException]
 
@@ -83,6 +86,7 @@ class Communicator:
         """The smallest of what the ranks give, on every one of them."""
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
+        options.timeout = IDLE  # to load a model takes some ranks longer than others
         x = torch.tensor([number])
         with self._explained():
             self._control.allreduce([x], options).wait()
@@ -122,7 +126,7 @@ def gloo_group(store: Any, shard: Shard, host: str) -> Any:
     options._timeout = CONNECTING
     store = dist.PrefixStore("gloo", store)
     group = gloo(store, shard.rank, shard.size, options)
-    group._set_default_timeout(IDLE)
+    group._set_default_timeout(IN_A_STEP if shard.rank == 0 else IDLE)
     return group
 
 
