@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minipaged.course.proof import forkserver
+from minipaged.course.proof import call_forked
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
 
@@ -23,14 +23,11 @@ def minipaged(*arguments, text="", environment=None):
     arguments = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "input").write_text(text)
-        process = forkserver().Process(target=_main, args=(arguments, folder, environment or {}))
-        process.start()
-        process.join(200)
-        if process.is_alive():
-            process.kill()
+        code = call_forked(_main, (arguments, folder, environment or {}), seconds=200)
+        if code is None:
             raise subprocess.TimeoutExpired(arguments, 200)
         out, errors = (Path(folder, name).read_text() for name in ("output", "errors"))
-        return subprocess.CompletedProcess(arguments, process.exitcode, out, errors)
+        return subprocess.CompletedProcess(arguments, code, out, errors)
 
 
 def _main(arguments, folder, environment):

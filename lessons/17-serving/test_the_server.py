@@ -358,6 +358,17 @@ def questions(number):
     return f"{number} question{'s' * (number != 1)}"
 
 
+def fail(*_):
+    raise RuntimeError("a failure, as this test wants it")
+
+
+async def none_hangs(asking, what):
+    """Every question is answered, or refused because the engine has failed."""
+    for question in asking:
+        with contextlib.suppress(EngineDiedError):
+            await soon(question, what)
+
+
 async def outputs_of(stream):
     missing = "a request has not ended, and the engine has nothing else to do"
     return await soon(stream.finished(), missing)
@@ -555,9 +566,6 @@ def test_a_call_that_raises_takes_no_other_with_it(num_behind):
     engine = small_engine()
     held = Held(engine)
 
-    def fail():
-        raise RuntimeError("a call that fails, as this test wants it")
-
     async def scene(served):
         try:
             await let_in(served, A=LONG)
@@ -568,9 +576,7 @@ def test_a_call_that_raises_takes_no_other_with_it(num_behind):
             story.tell(questions(num_behind))
         finally:
             held.go_on()
-        for question in asking:
-            with contextlib.suppress(EngineDiedError):
-                await soon(question, "a question behind a call that raised was never answered")
+        await none_hangs(asking, "a question behind a call that raised was never answered")
         await soon(served.died.wait(), "nobody was told that the engine failed")
 
     serve(engine, scene)
@@ -585,23 +591,18 @@ def test_when_a_step_fails_nobody_hangs(num_questions, caplog):
     held = Held(engine)
 
     async def scene(served):
-        def fail(plan):
-            raise RuntimeError("a step that fails, as this test wants it")
-
         try:
             stream = await let_in(served, A=LONG)
             waiting = asyncio.ensure_future(stream.finished())
             await held.in_a_step()
             held.execute = fail
-            questions = [asyncio.ensure_future(served.ask(id)) for _ in range(num_questions)]
+            asking = [asyncio.ensure_future(served.ask(id)) for _ in range(num_questions)]
             await turns(2)
         finally:
             held.go_on()
         with pytest.raises(EngineDiedError):
             await soon(waiting, "whoever waits for tokens has not been told: call self._fail")
-        for question in questions:
-            with contextlib.suppress(EngineDiedError):
-                await soon(question, "a question that had been left was never answered")
+        await none_hangs(asking, "a question that had been left was never answered")
         assert served.died.is_set()
         assert not served.is_serving, "self._has_failed says that no more can be served"
         with pytest.raises(EngineDiedError):
@@ -877,9 +878,6 @@ def test_an_engine_that_has_failed_is_left_alone():
     engine.abort = aborted.append
 
     async def scene(served):
-        def fail(plan):
-            raise RuntimeError("a step that fails, as this test wants it")
-
         try:
             stream = await soon(served.add([new("A", LONG)]), "add waits for ever")
             await held.in_a_step()
@@ -889,8 +887,7 @@ def test_an_engine_that_has_failed_is_left_alone():
             await turns(2)
         finally:
             held.go_on()
-        with contextlib.suppress(EngineDiedError):
-            await soon(asking, "a question that had been left was never answered")
+        await none_hangs([asking], "a question that had been left was never answered")
         await soon(served.died.wait(), "nobody was told that the engine failed")
 
     admit(engine, scene)

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from minipaged.course import notebooks
@@ -76,23 +75,26 @@ def run_forked(
     arguments = [*arguments, "-q", "--tb=native", *LEAN]
     with tempfile.TemporaryDirectory() as folder:
         order = (arguments, dict(files or {}), profile, folder, _hypothesis_folder())
-        process = forkserver().Process(target=_run_pytest, args=order)
-        process.start()
-        process.join(seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        code = call_forked(_run_pytest, order, seconds)
         said = (Path(folder) / "said").read_text("utf-8", errors="replace")
-        code = process.exitcode
         return (code if code is not None and code >= 0 else None), said
 
 
-@functools.cache
-def forkserver() -> ForkServerContext:
-    """A process that has imported what takes long, and what is forked from it."""
+def call_forked(function: Callable[..., None], arguments: tuple, seconds: int) -> int | None:
+    """Exit code of a function in a fork of a process that has imported what takes long.
+
+    None if it was still at work after so many seconds, and had to be ended.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, *PLUGINS])
-    return context
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
 
 
 @functools.cache

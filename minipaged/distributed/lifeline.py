@@ -71,14 +71,15 @@ class Lifeline:
     def explain(self, error: RuntimeError) -> RankDiedError:
         """What broke a connection between the ranks: the failure that will be known soon."""
         self.wait_for_failure(PATIENCE)
-        if self.failure is None and "Timed out" in str(error):
-            self.fail(
+        if "Timed out" in str(error):
+            sentence = (
                 "the other ranks were waited for in vain in the middle of a step: one of them is "
                 "stuck, or waits for something else; start them again"
             )
-        if self.failure is None:
+        else:
             said = self._lost or str(error).splitlines()[0]
-            self.fail(f"the ranks lost the connection to each other ({said}); start them again")
+            sentence = f"the ranks lost the connection to each other ({said}); start them again"
+        self.fail(sentence)  # unless more is known by now
         assert self.failure is not None
         self.told = True
         return self.failure

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from matplotlib.figure import Figure as Canvas
 
 from minipaged.evaluation import sweep
@@ -86,7 +88,8 @@ def fig13_table(results: Results) -> list[Row]:
 # Figures 18 and 19: what paging costs, the size of a block, swapping and recomputation.
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-KERNELS = [(batch, context) for batch in (8, 32) for context in (64, 128, 256)]
+KERNEL_BATCHES = (8, 32)
+KERNEL_CONTEXTS = (64, 128, 256)
 
 
 def fig18_tasks(quick: bool) -> dict[str, Task]:
@@ -96,7 +99,8 @@ def fig18_tasks(quick: bool) -> dict[str, Task]:
             sweep.paging_cost,
             {"batch": batch, "context": context, "repeats": 3 if quick else 25},
         )
-        for batch, context in KERNELS
+        for batch in KERNEL_BATCHES
+        for context in KERNEL_CONTEXTS
     }
     return kernels | {
         f"{dataset} {block_size}": serve_task(
@@ -113,11 +117,9 @@ def fig18_table(results: Results) -> list[Row]:
     The paper calls blocks of 16 to 32 best.
     """
     rows = []
-    for batch, context in KERNELS:
-        times, what = (
-            results[f"kernel {batch} {context}"],
-            f"attention, {batch} of {context} tokens",
-        )
+    for batch, context in itertools.product(KERNEL_BATCHES, KERNEL_CONTEXTS):
+        what = f"attention, {batch} of {context} tokens"
+        times = results[f"kernel {batch} {context}"]
         paged = times["scattered blocks"]
         rows.append(
             Row(f"{what}: paged / in a row", "1.20 to 1.26", paged / times["blocks in a row"])
@@ -134,12 +136,13 @@ def fig18_plot(canvas: Canvas, results: Results) -> None:
     """Time over the context, paged and not; latency over the block size."""
     canvas.set_size_inches(9, 4)
     left, ax = canvas.subplots(1, 2)
-    for batch in (8, 32):
-        contexts = [context for size, context in KERNELS if size == batch]
-        times = [results[f"kernel {batch} {context}"] for context in contexts]
+    for batch in KERNEL_BATCHES:
+        times = [results[f"kernel {batch} {context}"] for context in KERNEL_CONTEXTS]
         for name, style in (("scattered blocks", "-"), ("blocks in a row", ":")):
             values = [time[name] / 1e3 for time in times]
-            left.plot(contexts, values, style, marker=".", label=f"{batch} sequences, {name}")
+            left.plot(
+                KERNEL_CONTEXTS, values, style, marker=".", label=f"{batch} sequences, {name}"
+            )
     left.set_xscale("log", base=2)
     left.set_yscale("log")
     left.set_xlabel("tokens of each sequence")
