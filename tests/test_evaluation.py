@@ -1,5 +1,7 @@
 """What the bench commands measure, checked against a second way to count it."""
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -10,13 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Request, Workload
 
+from minipaged.attention import BACKENDS
+from minipaged.attention.batch import PagedBatch
 from minipaged.attention.contiguous import contiguous_attention
+from minipaged.attention.paged import prepare
 from minipaged.engine.builder import EngineOptions, load_engine
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.evaluation import kernel
 from minipaged.evaluation.arrivals import SPREAD, draw_lengths
 from minipaged.evaluation.cost_check import check_cost_model
 from minipaged.evaluation.kernel import DecodeShape, measure_kernels
+from minipaged.evaluation.kernel_peers import compressed_tables
 from minipaged.evaluation.latency import measure_latency
 from minipaged.evaluation.memory_policies import measure_policies
 from minipaged.evaluation.prefix_replay import read_block_trace, replay
@@ -179,6 +185,35 @@ def test_the_systems_of_the_kernel_bench_compute_the_same():
         wanted = contiguous_attention(query[seq : seq + 1], keys, values)[0]
         torch.testing.assert_close(paged[seq], wanted)
         torch.testing.assert_close(contiguous[seq].reshape(6, 16), wanted)
+
+
+def test_an_attention_that_computes_something_else_is_not_measured(monkeypatch):
+    def forgets_the_last_token(batch):
+        return prepare(dataclasses.replace(batch, context_lengths=batch.context_lengths - 1))
+
+    monkeypatch.setattr(kernel, "BYTES_IN_ALL", {"cpu": 2**20})
+    monkeypatch.setitem(BACKENDS, "broken", lambda debug: forgets_the_last_token)
+    shape = DecodeShape(batch=3, context=37, heads=6, kv_heads=2, head_dim=16, block_size=8)
+    with pytest.raises(ValueError, match=r"broken is 0.* away from PyTorch's attention"):
+        measure_kernels(shape, "broken", torch.float32, repeats=1)
+
+
+@given(
+    contexts=st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    block_size=st.sampled_from([1, 3, 8]),
+    random=st.randoms(use_true_random=False),
+)
+def test_the_tables_for_flashinfer_name_the_same_blocks(contexts, block_size, random):
+    blocks = list(range(sum(contexts)))
+    random.shuffle(blocks)
+    tables = [[blocks.pop() for _ in range(-(-tokens // block_size))] for tokens in contexts]
+    batch = PagedBatch.from_lists(block_size, [1] * len(contexts), contexts, tables)
+    starts, rows, in_last = compressed_tables(batch)
+    assert starts[0] == 0
+    assert [rows[a:b].tolist() for a, b in itertools.pairwise(starts)] == tables
+    for table, tokens, last in zip(tables, contexts, in_last, strict=True):
+        assert 1 <= last <= block_size
+        assert (len(table) - 1) * block_size + last == tokens
 
 
 def test_paging_serves_more_at_a_time_than_reservations_do():

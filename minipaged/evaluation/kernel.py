@@ -1,17 +1,18 @@
 """How fast one layer of decoding attention is, and what paging costs it.
 
 The same queries over the same number of keys, by a paged attention with its blocks scattered,
-by the same attention with the blocks of each sequence in a row, and by PyTorch's
-scaled_dot_product_attention over contiguous tensors.  All take turns, each call works on
-another layer's cache, so that nothing is left in a cache of the processor, and the median
-counts.  What can be reached is the speed of a plain copy, measured in the same run.
+by the same attention with the blocks of each sequence in a row, by PyTorch's
+scaled_dot_product_attention over contiguous tensors, and on a GPU by other projects' attention
+where it is installed.  That all compute the same is checked first.  Then they take turns, each
+call works on another layer's cache, so that nothing is left in a cache of the processor, and the
+median counts.  What can be reached is the speed of a plain copy, measured in the same run.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,19 @@ from torch import Tensor
 
 from minipaged.attention import attention_backend, backend_name, device_of
 from minipaged.attention.batch import PagedBatch
+from minipaged.evaluation.kernel_peers import (
+    Caches,
+    Layer,
+    flash_attn_attention,
+    flashinfer_attention,
+    is_usable,
+)
 
 # Keys and values of all layers together: more than any processor's cache holds.
 BYTES_IN_ALL = {"cpu": 2**28, "cuda": 2**30}
+
+# Between two attentions that round to bfloat16 in different places, relative to the norm.
+MOST_DIFFERENCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,10 @@ class DecodeShape:
 def measure_kernels(
     shape: DecodeShape, attention: str, dtype: torch.dtype, repeats: int, seed: int = 0
 ) -> list[KernelTime]:
-    """The paged attention, the same with blocks in a row, PyTorch's gather and contiguous SDPA."""
+    """Every system's time, those over scattered blocks first.
+
+    Raises ValueError if they do not compute the same.
+    """
     device = torch.device(device_of(attention))
     generator = torch.Generator(device).manual_seed(seed)
     layers = max(1, BYTES_IN_ALL[device.type] // shape.bytes_read(dtype))
@@ -80,17 +94,7 @@ def measure_kernels(
     caches = [(random(*pool), random(*pool)) for _ in range(layers)]
     query = random(shape.batch, shape.heads, shape.head_dim)
 
-    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
-    scattered = _batch(shape, order.view(shape.batch, -1).tolist())
-    in_a_row = _batch(shape, torch.arange(num_blocks).view(shape.batch, -1).tolist())
-    systems = {
-        f"{attention}, scattered blocks": _paged(attention, scattered, query, caches),
-        f"{attention}, blocks in a row": _paged(attention, in_a_row, query, caches),
-    }
-    if device.type == "cpu" and backend_name(attention) != "torch":
-        systems["torch, scattered blocks"] = _paged("torch", scattered, query, caches)
-    systems["SDPA, contiguous"] = _contiguous(shape, query, caches)
-
+    systems = _systems(shape, attention, query, caches, seed)
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for call in range(repeats + 1):  # the first one warms up
         for name, run in systems.items():
@@ -116,6 +120,38 @@ def measure_kernels(
     return times
 
 
+def _systems(
+    shape: DecodeShape, attention: str, query: Tensor, caches: Caches, seed: int
+) -> dict[str, Layer]:
+    """All that can be measured here, by name and by how the cache lies; checked."""
+    num_blocks = len(caches[0][0])
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
+    scattered = _batch(shape, order.view(shape.batch, -1).tolist())
+    in_a_row = _batch(shape, torch.arange(num_blocks).view(shape.batch, -1).tolist())
+    over_scattered = {attention: _paged(attention, scattered, query, caches)}
+    over_blocks_in_a_row = {attention: _paged(attention, in_a_row, query, caches)}
+    over_tokens = {"SDPA": _contiguous(shape, query, caches)}
+    if not query.is_cuda and backend_name(attention) != "torch":
+        over_scattered["torch"] = _paged("torch", scattered, query, caches)
+    if is_usable("flashinfer", query):
+        over_scattered["FlashInfer"] = flashinfer_attention(scattered, query, caches)
+        over_blocks_in_a_row["FlashInfer"] = flashinfer_attention(in_a_row, query, caches)
+    if is_usable("flash_attn", query):
+        over_tokens["flash-attn"] = flash_attn_attention(in_a_row, query, caches)
+
+    keys, values = (pool[order.to(pool.device)] for pool in caches[0])
+    _check(over_scattered, _contiguous(shape, query, [(keys, values)]))
+    _check(over_blocks_in_a_row | over_tokens, over_tokens["SDPA"])
+    layouts = {
+        "scattered blocks": over_scattered,
+        "blocks in a row": over_blocks_in_a_row,
+        "contiguous": over_tokens,
+    }
+    return {
+        f"{name}, {layout}": run for layout, runs in layouts.items() for name, run in runs.items()
+    }
+
+
 def copy_speed(device: torch.device) -> float:
     """Bytes per second that a copy reads and writes, the best of ten."""
     source = torch.ones(BYTES_IN_ALL[device.type], dtype=torch.uint8, device=device)
@@ -129,17 +165,12 @@ def _batch(shape: DecodeShape, tables: Sequence[Sequence[int]]) -> PagedBatch:
     return PagedBatch.from_lists(shape.block_size, ones, contexts, tables)
 
 
-Layer = Callable[[int], Tensor]  # the attention of one layer
-
-
-def _paged(
-    attention: str, batch: PagedBatch, query: Tensor, caches: list[tuple[Tensor, Tensor]]
-) -> Layer:
+def _paged(attention: str, batch: PagedBatch, query: Tensor, caches: Caches) -> Layer:
     attend = attention_backend(attention)(batch)
     return lambda layer: attend(query, *caches[layer])
 
 
-def _contiguous(shape: DecodeShape, query: Tensor, caches: list[tuple[Tensor, Tensor]]) -> Layer:
+def _contiguous(shape: DecodeShape, query: Tensor, caches: Caches) -> Layer:
     """Over the same memory: the blocks in a row are each sequence's keys, but for the heads."""
     kv_heads, head_dim = shape.kv_heads, shape.head_dim
     grouped = query.view(shape.batch, kv_heads, -1, head_dim)
@@ -150,6 +181,19 @@ def _contiguous(shape: DecodeShape, query: Tensor, caches: list[tuple[Tensor, Te
 
     contiguous = [(by_head(keys), by_head(values)) for keys, values in caches]
     return lambda layer: F.scaled_dot_product_attention(grouped, *contiguous[layer])
+
+
+@torch.inference_mode()
+def _check(systems: dict[str, Layer], oracle: Layer) -> None:
+    """Raises ValueError for a system that computes something else: its speed means nothing."""
+    wanted = oracle(0).flatten().double()
+    for name, run in systems.items():
+        difference = (run(0).flatten().double() - wanted).norm() / wanted.norm()
+        if not difference < MOST_DIFFERENCE:
+            raise ValueError(
+                f"{name} is {difference:.3f} away from PyTorch's attention, relative to its norm "
+                f"(at most {MOST_DIFFERENCE}), so that it is not measured"
+            )
 
 
 @torch.inference_mode()

@@ -50,6 +50,14 @@ def _norm(config: ModelConfig, size: int) -> nn.Module:
     return kind(size, eps=config.norm_eps)
 
 
+class Embedding(nn.Embedding):
+    """PyTorch's, which initializes even what is on `meta`, by code that takes a second to import."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
@@ -121,10 +129,10 @@ class Decoder(nn.Module):
         self.whole_config, self.shard, self.collectives = whole_config, shard, collectives
         self.config = config = shard.local_config(whole_config)
         self.vocabulary = shard.vocabulary(config).kept
-        self.embed_tokens = nn.Embedding(len(self.vocabulary), config.hidden_size)
+        self.embed_tokens = Embedding(len(self.vocabulary), config.hidden_size)
         if config.rope is None:
             rows = config.max_positions + config.learned_position_offset
-            self.embed_positions = nn.Embedding(rows, config.hidden_size)
+            self.embed_positions = Embedding(rows, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, collectives) for i in range(config.num_layers)
         )
