@@ -51,7 +51,7 @@ def _norm(config: ModelConfig, size: int) -> nn.Module:
 
 
 class Embedding(nn.Embedding):
-    """PyTorch's, which initializes even what is on `meta`, by code that takes a second to import."""
+    """PyTorch's initializes even what is on `meta`, by code that takes a second to import."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
