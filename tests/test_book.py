@@ -1,5 +1,6 @@
 """The book builds without a warning, leads nowhere dead, loads nothing, and works in a browser."""
 
+import fcntl
 import os
 import re
 import subprocess
@@ -20,14 +21,26 @@ import generate  # noqa: E402
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     """The built book; every notebook is run, or was run before with the same text."""
-    folder = tmp_path_factory.mktemp("book")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "book"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker builds it, the other waits
+        if not (folder / "built").exists():
+            build(folder)
+            (folder / "built").touch()
+    return folder / "html"
+
+
+def build(folder):
     command = ["-m", "sphinx", "-W", "--keep-going", "-q", "-c", "book", "-b", "html"]
     command += ["-d", str(folder / "doctrees"), ".", str(folder / "html")]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder / "html"
 
 
 class Links(HTMLParser):
