@@ -3,7 +3,7 @@
 import gc
 import os
 
-# Two workers on two cores: threads of one that wait for those of the other cost more than they do.
+# Workers share the cores: threads of one that wait for those of another cost more than they do.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
