@@ -7,6 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minipaged.attention import build
+from minipaged.attention.kernels import KernelCacheOperations
+from minipaged.errors import ConfigurationError
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.block_table import BlockCopy
 from minipaged.memory.kv_cache import KVCache, KVCacheShape
@@ -92,12 +95,22 @@ def test_size_in_bytes(dtype):
     assert SHAPE.bytes_per_block(dtype) == 2 * 2 * 4 * 2 * 3 * dtype.itemsize
 
 
+def test_a_host_pool_larger_than_the_memory_is_named():
+    shape = dataclasses.replace(SHAPE, num_host_blocks=2**50)
+    with pytest.raises(ConfigurationError, match=r"has \d+.0 GiB, more .* lower swap_space_gib"):
+        KVCache(shape, torch.float32)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_swapping_on_a_gpu_keeps_the_contents():
+@pytest.mark.parametrize("by", ["torch", "kernel"])
+def test_swapping_on_a_gpu_keeps_the_contents(by):
     """From pinned host memory and back; the model overwrites the blocks at once."""
     shape = dataclasses.replace(SHAPE, num_blocks=64, num_host_blocks=64)
-    cache = KVCache(shape, torch.float32, device="cuda")
+    operations = None
+    if by == "kernel":
+        operations = KernelCacheOperations(build.cuda_kernels((torch.float32,), (64,)))
+    cache = KVCache(shape, torch.float32, device="cuda", operations=operations)
     cache._device.normal_()
     expected = cache._device[:, :, :32].clone()
     manager = BlockManager(4, 64, 64)

@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from minipaged import LLM, SamplingParams
+from minipaged.attention.gathered import GatheredAttention
+from minipaged.engine.builder import EngineOptions, build_engine
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.models.loader import load_decoder
 
@@ -125,6 +128,16 @@ def test_the_chosen_pool_is_said(caplog):
     blocks = llm.engine.scheduler.manager.device.num_blocks
     assert f"KV cache: {blocks} blocks of 16 tokens" in caplog.text
     assert "chosen from the memory budget" in caplog.text
+
+
+def test_a_model_in_the_memory_of_the_cpu_is_not_read_by_a_gpu(monkeypatch):
+    decoder, tokenizer = load_decoder("tiny")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine = build_engine(decoder, tokenizer, EngineOptions())
+    assert isinstance(engine.runner.prepare_attention, GatheredAttention)
+    options = EngineOptions(attention="cuda", num_blocks=8)
+    with pytest.raises(ConfigurationError, match="device 'cuda', and the model is on 'cpu'"):
+        build_engine(decoder, tokenizer, options)
 
 
 def test_the_shipped_model_is_small_and_loads_in_its_type():

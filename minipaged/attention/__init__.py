@@ -41,13 +41,15 @@ BACKENDS: dict[str, Callable[[bool], Prepare]] = {
 }
 
 
-def backend_name(name: str = "auto") -> str:
+def backend_name(name: str = "auto", device: str | None = None) -> str:
     """The name of the attention; raises ConfigurationError for an unknown one.
 
-    "auto" is "cuda" where there is a GPU, and "torch" elsewhere.
+    device: "cpu" or "cuda", where the model is, if it is in memory already; then "auto" is what
+        reads memory there.  Else it is "cuda" where there is a GPU, and "torch" elsewhere.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "torch"
+        on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+        return "cuda" if on_gpu else "torch"
     if name not in BACKENDS:
         raise ConfigurationError(
             f"there is no attention {name!r}; choose one of auto, {', '.join(sorted(BACKENDS))}"

@@ -37,6 +37,12 @@ CPP_TYPES = {
 }
 
 
+# torch forbids in CUDA sources what numbers of 16 bits need here: T(0.0f), float(x), a + b.
+ALLOWED = [
+    f"-U__CUDA_NO_{what}__"
+    for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+]
+
 # longjmp from one stack to another is what _FORTIFY_SOURCE forbids.
 EMULATED_FLAGS = ["-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-fvisibility=hidden"]
 
@@ -74,7 +80,7 @@ def find_nvcc() -> None:
         wanted = ".".join(str(torch.version.cuda).split(".")[:2])
         raise ConfigurationError(
             "found no nvcc to compile the kernels with; install the CUDA toolkit that fits torch "
-            f'(`pip install "cuda-toolkit[nvcc,cudart,cccl]=={wanted}.*"`) or set CUDA_HOME'
+            f'(`pip install "cuda-toolkit[nvcc,cudart,cccl]=={wanted}.*"`) and set CUDA_HOME to it'
         )
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
@@ -130,14 +136,14 @@ def native_attention() -> Any:
 def cuda_kernels(dtypes: tuple[torch.dtype, ...], head_sizes: tuple[int, ...]) -> Any:
     """The kernels for these types and head sizes, compiled for the GPU of this machine."""
     find_nvcc()
-    chosen = [shlex.quote(flag) for flag in for_nvcc(instances(dtypes, head_sizes))]
-    flags = ["-O3", "--expt-relaxed-constexpr", *chosen]  # torch gives them to a shell
+    major, minor = torch.cuda.get_device_capability()
+    flags = nvcc_flags(dtypes, head_sizes, [f"sm_{major}{minor}"])
     return load(
         "minipaged_cuda",
         [SOURCES / "binding.cpp"],
         ["-O2"],
         cuda_sources=[SOURCES / "paged_attention.cu"],
-        cuda_flags=flags,
+        cuda_flags=[shlex.quote(flag) for flag in flags],  # torch gives them to a shell
     )
 
 
@@ -147,9 +153,17 @@ def instances(dtypes: Sequence[torch.dtype], head_sizes: Sequence[int]) -> list[
     return [f"-DNUMBER_TYPES={types}", f"-DHEAD_SIZES={','.join(map(str, head_sizes))}"]
 
 
-def for_nvcc(flags: Sequence[str]) -> list[str]:
-    """These flags for nvcc, to which a comma separates values of one flag, unless escaped."""
-    return [flag.replace(",", r"\,") for flag in flags]
+def nvcc_flags(
+    dtypes: Sequence[torch.dtype], head_sizes: Sequence[int], architectures: Sequence[str]
+) -> list[str]:
+    """Flags for nvcc, behind those of torch.
+
+    architectures: like "sm_90"; where they are named, torch adds none of its own.
+    """
+    targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
+    # To nvcc a comma separates values of one flag, unless it is escaped.
+    chosen = [flag.replace(",", r"\,") for flag in instances(dtypes, head_sizes)]
+    return ["-O3", *ALLOWED, *targets, *chosen]
 
 
 def load(
@@ -189,6 +203,7 @@ def load(
                 extra_cflags=list(flags),
                 extra_cuda_cflags=list(cuda_flags),
                 extra_include_paths=[str(sources[0].parent)],
+                extra_ldflags=_cuda_runtime(folder) if cuda_sources else [],
                 build_directory=str(folder),
                 no_implicit_headers=True,
             )
@@ -199,6 +214,21 @@ def load(
             ) from error
         logger.debug("%s was ready after %.1f s", name, time.perf_counter() - start)
     return module
+
+
+def _cuda_runtime(folder: Path) -> list[str]:
+    """Where the linker finds the CUDA runtime: the one that torch has loaded, whatever its name.
+
+    A toolkit installed by pip has no file by the name that the linker looks for.
+    """
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = Path(line.split()[-1])
+        if path.name.startswith("libcudart.so"):
+            link = folder / "libcudart.so"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path)
+            return [f"-L{folder}"]
+    return []
 
 
 def import_library(name: str, library: Path) -> Any:

@@ -89,10 +89,10 @@ class BeamSearch:
         wanted = max(2, 1 + len(self.end_token_ids)) * self.params.width
         values, places = totals.topk(min(wanted, len(totals)))
         candidates = []
-        for total, place in zip(values.tolist(), places.tolist(), strict=True):
+        columns = (values.tolist(), places.tolist(), logprobs.flatten()[places].tolist())
+        for total, place, logprob in zip(*columns, strict=True):
             beam, token_id = divmod(place, logits.shape[1])
             if total > -math.inf:
-                logprob = logprobs[beam, token_id].item()
                 candidates.append(Candidate(beam, token_id, logprob, total))
         return candidates
 

@@ -174,24 +174,33 @@ def _forbid_end_tokens(logits: Tensor, draws: list[Draw]) -> Tensor:
 
 
 def _report(token_ids: list[int], logits: Tensor, draws: list[Draw]) -> list[SampledToken]:
-    tokens = []
-    for token_id, row, draw in zip(token_ids, logits, draws, strict=True):
-        logprobs, params = None, draw.params
-        if params.logprobs is not None or params.is_ranked:
-            logprobs = token_logprobs(
-                torch.log_softmax(row, dim=-1), token_id, params.logprobs or 0
-            )
-        tokens.append(SampledToken(token_id, logprobs))
-    return tokens
+    asking: dict[int, list[int]] = {}  # rows, by how many of the likeliest tokens they ask for
+    for row, draw in enumerate(draws):
+        if draw.params.logprobs is not None or draw.params.is_ranked:
+            asking.setdefault(draw.params.logprobs or 0, []).append(row)
+    logprobs: dict[int, dict[int, Logprob]] = {}
+    for num_likeliest, rows in asking.items():
+        drawn = [token_ids[row] for row in rows]
+        of_rows = token_logprobs(torch.log_softmax(logits[rows], dim=-1), drawn, num_likeliest)
+        logprobs.update(zip(rows, of_rows, strict=True))
+    return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
 
 def token_logprobs(
-    log_probabilities: Float[Tensor, " vocab"], token_id: int, num_likeliest: int
-) -> dict[int, Logprob]:
-    """Log-probability and rank of a token, and of the likeliest ones."""
-    drawn = log_probabilities[token_id]
-    logprobs = {token_id: Logprob(drawn.item(), int((log_probabilities > drawn).sum()) + 1)}
-    values, ids = log_probabilities.topk(min(num_likeliest, len(log_probabilities)))
-    for place, (value, i) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), start=1):
-        logprobs.setdefault(i, Logprob(value, place))
-    return logprobs
+    log_probabilities: Float[Tensor, "rows vocab"], token_ids: list[int], num_likeliest: int
+) -> list[dict[int, Logprob]]:
+    """Of each row: log-probability and rank of its token, and of the likeliest ones."""
+    drawn = log_probabilities.gather(
+        1, torch.tensor(token_ids, device=log_probabilities.device).unsqueeze(1)
+    )
+    ranks = (log_probabilities > drawn).sum(dim=-1) + 1
+    values, ids = log_probabilities.topk(min(num_likeliest, log_probabilities.shape[1]))
+    # Each tensor is copied as a whole: a GPU would be waited for at every single number.
+    columns = (drawn.squeeze(1).tolist(), ranks.tolist(), values.tolist(), ids.tolist())
+    reports = []
+    for token_id, logprob, rank, of_likeliest, likeliest in zip(token_ids, *columns, strict=True):
+        report = {token_id: Logprob(logprob, rank)}
+        for place, (value, i) in enumerate(zip(of_likeliest, likeliest, strict=True), start=1):
+            report.setdefault(i, Logprob(value, place))
+        reports.append(report)
+    return reports

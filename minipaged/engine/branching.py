@@ -173,8 +173,6 @@ class Branching:
 
 
 def _beam_token(search: BeamSearch, candidate: Candidate) -> SampledToken:
-    logprobs = search.logprobs[candidate.beam]
-    return SampledToken(
-        candidate.token_id,
-        token_logprobs(logprobs, candidate.token_id, search.params.logprobs or 0),
-    )
+    row, num_likeliest = search.logprobs[[candidate.beam]], search.params.logprobs or 0
+    (logprobs,) = token_logprobs(row, [candidate.token_id], num_likeliest)
+    return SampledToken(candidate.token_id, logprobs)

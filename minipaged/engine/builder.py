@@ -132,8 +132,9 @@ def is_parallel(options: EngineOptions) -> bool:
 
 def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> Engine:
     """An engine around a decoder that is in memory already."""
-    config = decoder.config
-    dtype = decoder.embed_tokens.weight.dtype
+    config, weight = decoder.config, decoder.embed_tokens.weight
+    dtype, attention = weight.dtype, backend_name(options.attention, weight.device.type)
+    options = dataclasses.replace(options, attention=attention)
     num_blocks = options.num_blocks
     if num_blocks is None:
         num_blocks = blocks_within_budget(config, dtype, options)
@@ -156,7 +157,7 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
         str(dtype).removeprefix("torch."),
         " (chosen from the memory budget)" if options.num_blocks is None else "",
         f", {manager.host.num_blocks} more to swap to" if manager.host.num_blocks else "",
-        backend_name(options.attention),
+        attention,
     )
     return Engine(
         runner,
@@ -183,7 +184,13 @@ def build_runner(decoder: Decoder, num_blocks: int, options: EngineOptions) -> M
         cache_shape(config, num_blocks, options.block_size),
         num_host_blocks=host_blocks(config, weight.dtype, num_blocks, options),
     )
-    attention = attention_backend(options.attention, options.debug)
+    name = backend_name(options.attention, weight.device.type)
+    if device_of(name) != weight.device.type:
+        raise ConfigurationError(
+            f"attention {name!r} reads memory of device {device_of(name)!r}, and the model is on "
+            f'{weight.device.type!r}; load it there, or choose attention "auto"'
+        )
+    attention = attention_backend(name, options.debug)
     operations = graphs = None
     if isinstance(attention, KernelAttention):
         operations = attention.cache_operations(weight.dtype, config.head_dim)

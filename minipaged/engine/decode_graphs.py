@@ -9,7 +9,7 @@ can be tested there.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -41,8 +41,11 @@ class DecodeGraphs:
         self.decoder, self.cache, self.attention = decoder, cache, attention
         self.sizes = padded_sizes(max_num_seqs)
         self._steps: dict[int, _PaddedStep] = {}
-        # One pool of memory for all graphs: only one of them runs at a time.
-        self._memory = torch.cuda.graph_pool_handle() if cache.device.type == "cuda" else None
+        self._recorder: _Recorder | None = None
+        if cache.device.type == "cuda":
+            weight = decoder.embed_tokens.weight
+            logits = weight.new_empty(max_num_seqs, decoder.config.vocab_size)
+            self._recorder = _Recorder(logits)
 
     def can_run(self, batch: PagedBatch) -> bool:
         """Whether every sequence decodes, and there are not too many."""
@@ -53,12 +56,44 @@ class DecodeGraphs:
         check_contexts(batch)
         if self.attention.debug:
             check_block_tables(batch, self.cache.shape.num_blocks)
-        size = next(size for size in self.sizes if size >= batch.num_seqs)
+        size = self._padded(batch.num_seqs)
         if size not in self._steps:
             self._steps[size] = _PaddedStep(self, size)
         step = self._steps[size]
         step.fill(batch, token_ids)
-        return step.run(self._memory)[: batch.num_seqs]
+        return step.run(self._recorder)[: batch.num_seqs]
+
+    def replay(self, num_seqs: int) -> None:
+        """The last step with so many sequences once more, as it was: to measure it."""
+        self._steps[self._padded(num_seqs)].run(self._recorder)
+
+    def _padded(self, num_seqs: int) -> int:
+        return next(size for size in self.sizes if size >= num_seqs)
+
+
+class _Recorder:
+    """What all graphs share, since only one of them runs at a time.
+
+    logits: where each leaves its result, [max_num_seqs, vocab].
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def record(self, compute: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
+        """A graph of what `compute` does."""
+        # Once without recording: what is made at the first call must not be in the graph.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            compute()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            logits = compute()
+            self.logits[: len(logits)].copy_(logits)
+        return graph
 
 
 class _PaddedStep:
@@ -92,7 +127,6 @@ class _PaddedStep:
         dtype = self.decoder.embed_tokens.weight.dtype
         self.kernels = graphs.attention.kernels(dtype, config.head_dim)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits = torch.empty(0)
 
     def fill(self, batch: PagedBatch, token_ids: np.ndarray) -> None:
         """Write the inputs of a step; rows behind its sequences have a context of one token."""
@@ -107,22 +141,14 @@ class _PaddedStep:
         self.tables[count:, :1] = 0
         self.tables[:count, :blocks].copy_(torch.from_numpy(batch.block_tables))
 
-    def run(self, memory: Any) -> Tensor:
-        """Replay the step, which is recorded at the first call."""
-        if memory is None:
+    def run(self, recorder: _Recorder | None) -> Tensor:
+        """Replay the step, which is recorded at the first call; without a recorder, compute it."""
+        if recorder is None:
             return self._compute()
         if self.graph is None:
-            # Once without recording: what is made at the first call must not be in the graph.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._compute()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=memory):
-                self.logits = self._compute()
+            self.graph = recorder.record(self._compute)
         self.graph.replay()
-        return self.logits
+        return recorder.logits
 
     def _compute(self) -> Tensor:
         token_ids, positions, slots = self.tokens

@@ -1,7 +1,8 @@
 """What the host adds to a decoding step on a GPU: launched from Python, and as a CUDA graph.
 
-The wall-clock time of a step less the time in which the GPU works on it.  With a graph the
-launches cost nothing any more; what is left is scheduling, inputs and sampling.
+The wall-clock time of a step less the time that the GPU needs for the model, which is that of its
+graph, replayed back to back.  With a graph the launches cost nothing any more; what is left is
+scheduling, inputs and sampling.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from dataclasses import dataclass
 import torch
 
 from minipaged.engine.builder import EngineOptions, build_engine
+from minipaged.engine.engine import Engine
 from minipaged.engine.model_runner import ModelRunner
 from minipaged.errors import ConfigurationError
 from minipaged.models.loader import load_decoder
 from minipaged.request.sampling_params import SamplingParams
-from minipaged.scheduling.step_plan import StepPlan
 
 WARM_UP = 5
+REPLAYS = 20
 
 
 @dataclass(frozen=True)
 class HostOverhead:
     """Medians of one way to run decoding steps, in milliseconds.
 
-    gpu_ms: by events around the model, so with the pauses between its kernels if it has to wait
-        for their launches.
+    gpu_ms: of the model alone, without pauses between its kernels.
     """
 
     mode: str
@@ -37,23 +38,8 @@ class HostOverhead:
 
     @property
     def host_ms(self) -> float:
-        """Of a step, in which the GPU does nothing for the model."""
+        """Of a step, in which the GPU waits for the host."""
         return self.step_ms - self.gpu_ms
-
-
-class _TimedRunner(ModelRunner):
-    """Notes how long the GPU takes from the beginning of the model to its end."""
-
-    milliseconds: list[float]
-
-    def execute(self, plan: StepPlan) -> torch.Tensor:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        logits = super().execute(plan)
-        end.record()
-        end.synchronize()
-        self.milliseconds.append(begin.elapsed_time(end))
-        return logits
 
 
 def measure_host_overhead(model: str, dtype: torch.dtype, batches: list[int]) -> list[HostOverhead]:
@@ -66,6 +52,7 @@ def measure_host_overhead(model: str, dtype: torch.dtype, batches: list[int]) ->
     decoder, tokenizer = load_decoder(model, dtype, device="cuda")
     results = []
     for sequences in batches:
+        steps = {}
         for mode in ("eager", "graph"):
             options = EngineOptions(
                 attention="cuda",
@@ -74,20 +61,33 @@ def measure_host_overhead(model: str, dtype: torch.dtype, batches: list[int]) ->
                 enforce_eager=mode == "eager",
             )
             engine = build_engine(decoder, tokenizer, options)
-            runner = engine.runner
-            assert isinstance(runner, ModelRunner)
-            timed = _TimedRunner(decoder, runner.cache, runner.prepare_attention, runner.graphs)
-            timed.milliseconds = []
-            engine.runner = timed
-            params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-            for i in range(sequences):
-                engine.add_request(str(i), [1] * 100, params)
-            steps = []
-            while engine.has_unfinished_requests:
-                start = time.perf_counter()
-                engine.step()
-                steps.append(1000 * (time.perf_counter() - start))
-            of_step = statistics.median(steps[WARM_UP:])
-            of_gpu = statistics.median(timed.milliseconds[WARM_UP:])
-            results.append(HostOverhead(mode, sequences, of_step, of_gpu))
+            steps[mode] = _decode(engine, sequences)
+        assert isinstance(engine.runner, ModelRunner)
+        gpu = _replay_milliseconds(engine.runner, sequences)
+        results += [HostOverhead(mode, sequences, step, gpu) for mode, step in steps.items()]
     return results
+
+
+def _decode(engine: Engine, sequences: int) -> float:
+    """Median milliseconds of a decoding step, which ends when its tokens are known."""
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    for i in range(sequences):
+        engine.add_request(str(i), [1] * 100, params)
+    steps = []
+    while engine.has_unfinished_requests:
+        start = time.perf_counter()
+        engine.step()
+        steps.append(1000 * (time.perf_counter() - start))
+    return statistics.median(steps[WARM_UP:])
+
+
+def _replay_milliseconds(runner: ModelRunner, sequences: int) -> float:
+    """Of the last decoding step, by events around many of it."""
+    assert runner.graphs is not None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(REPLAYS):
+        runner.graphs.replay(sequences)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / REPLAYS

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,10 +95,11 @@ def measure_kernels(
     query = random(shape.batch, shape.heads, shape.head_dim)
 
     systems = _systems(shape, attention, query, caches, seed)
+    rounds = {name: _all_layers(run, layers, device) for name, run in systems.items()}
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for call in range(repeats + 1):  # the first one warms up
-        for name, run in systems.items():
-            elapsed = _time(run, device, layers) / layers
+        for name, round_of_layers in rounds.items():
+            elapsed = _time(round_of_layers, device) / layers
             if call:
                 seconds[name].append(elapsed)
     copy = copy_speed(device)
@@ -156,7 +157,7 @@ def copy_speed(device: torch.device) -> float:
     """Bytes per second that a copy reads and writes, the best of ten."""
     source = torch.ones(BYTES_IN_ALL[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    fastest = min(_time(lambda _: target.copy_(source), device, 1) for _ in range(10))
+    fastest = min(_time(lambda: target.copy_(source), device) for _ in range(10))
     return 2 * source.nbytes / fastest
 
 
@@ -197,17 +198,31 @@ def _check(systems: dict[str, Layer], oracle: Layer) -> None:
 
 
 @torch.inference_mode()
-def _time(run: Layer, device: torch.device, layers: int) -> float:
-    """Seconds for all layers, one after the other."""
+def _all_layers(run: Layer, layers: int, device: torch.device) -> Callable[[], object]:
+    """All layers in turn; on a GPU as a graph, since Python launches more slowly than it runs."""
+
+    def one_after_the_other() -> None:
+        for layer in range(layers):
+            run(layer)
+
+    if device.type != "cuda":
+        return one_after_the_other
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one_after_the_other()
+    return graph.replay
+
+
+@torch.inference_mode()
+def _time(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that it takes."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for layer in range(layers):
-            run(layer)
+        work()
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
     began = time.perf_counter()
-    for layer in range(layers):
-        run(layer)
+    work()
     return time.perf_counter() - began

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minipaged.attention.build import SOURCES, for_nvcc, instances
+from minipaged.attention.build import SOURCES, nvcc_flags
 from minipaged.errors import ConfigurationError
 
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -48,12 +48,14 @@ def kernel_resources(
             "found no nvcc to compile the kernels with; install the CUDA toolkit, for example "
             'with `pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"`, and put it on the PATH'
         )
-    targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
-    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "--threads", "0"]
-    flags += [*for_nvcc(instances((dtype,), head_sizes)), f"-DFLOAT8_CACHE={int(float8_cache)}"]
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
+    flags = [*COMMON_NVCC_FLAGS, "-std=c++20", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    flags += ["--threads", "0", f"-DFLOAT8_CACHE={int(float8_cache)}"]
+    flags += nvcc_flags((dtype,), head_sizes, architectures)
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(
-            [nvcc, *targets, *flags, "-c", str(SOURCES / "paged_attention.cu"), "-o", "kernels.o"],
+            [nvcc, *flags, "-c", str(SOURCES / "paged_attention.cu"), "-o", "kernels.o"],
             cwd=folder,
             capture_output=True,
             text=True,

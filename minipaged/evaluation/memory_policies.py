@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minipaged.attention import device_of
 from minipaged.engine.builder import EngineOptions, build_engine, parse_dtype
 from minipaged.engine.engine import Engine
 from minipaged.evaluation.arrivals import DATASETS, draw_lengths
@@ -62,7 +63,9 @@ def measure_policies(
     model: str, policies: Sequence[str], num_requests: int, repeats: int, options: EngineOptions
 ) -> list[PolicyRun]:
     """Serve the same requests under every policy in turn; options: all but policy and memory."""
-    decoder, tokenizer = load_decoder(model, dtype=parse_dtype(options.dtype))
+    decoder, tokenizer = load_decoder(
+        model, dtype=parse_dtype(options.dtype), device=device_of(options.attention)
+    )
     context = decoder.config.context_length
     slots = context * PAPER.kv_slots // PAPER.model.context_length
     workload = sharegpt_workload(num_requests, context, decoder.config.vocab_size, options.seed)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipaged.attention import attention_backend
+from minipaged.attention import attention_backend, device_of
 from minipaged.attention.batch import PagedAttention, PagedBatch
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.evaluation.throughput import Transformers
@@ -59,7 +59,7 @@ def measure_losses(
     """Losses in every type: paged, paged with an 8-bit cache, and in transformers if `against`."""
     losses = []
     for dtype in dtypes:
-        decoder, tokenizer = load_decoder(model, dtype)
+        decoder, tokenizer = load_decoder(model, dtype, device=device_of(attention))
         if tokenizer is None:
             raise ConfigurationError(f"{model} has no tokenizer, so that it can read no text")
         if not 2 <= window <= decoder.config.context_length:
@@ -101,8 +101,9 @@ def paged_loss(
     shape = KVCacheShape(
         config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim
     )
-    dtype = decoder.embed_tokens.weight.dtype
-    cache = KVCache(shape, dtype, debug=True, operations=operations)
+    dtype, device = decoder.embed_tokens.weight.dtype, decoder.embed_tokens.weight.device
+    tokens = tokens.to(device)
+    cache = KVCache(shape, dtype, device, debug=True, operations=operations)
     prepare = attention_backend(attention)
     logits = []
     for start in range(0, len(tokens), CHUNK):
@@ -112,8 +113,8 @@ def paged_loss(
         batch = PagedBatch.from_lists(
             block_size, [len(chunk)], [end], [blocks], config.sliding_window
         )
-        attend = _attend(cache, torch.from_numpy(batch.slots()), prepare(batch))
-        logits.append(decoder(chunk, torch.arange(start, end), attend))
+        attend = _attend(cache, torch.from_numpy(batch.slots()).to(device), prepare(batch))
+        logits.append(decoder(chunk, torch.arange(start, end, device=device), attend))
     return _loss(torch.cat(logits), tokens)
 
 

@@ -30,9 +30,9 @@ class Measurement:
     """The best run of one system.
 
     peak_memory_gib: what the process grew by when the system was loaded, and at most during
-        one of its runs.
+        one of its runs; memory of the host, not of a GPU.
     shares: part of the time spent in the model outside of attention, the attention, the
-        scheduler, the sampler and the output; of our own engine only.
+        scheduler, the sampler and the output; of our own engine, on a CPU.
     """
 
     system: str
@@ -61,7 +61,8 @@ def measure(
     systems = [System("minipaged", lambda w: run_engine(engine, w), loaded - before)]
     if against:
         assert isinstance(engine.runner, ModelRunner)
-        peer = Transformers(model, engine.runner.decoder.embed_tokens.weight.dtype)
+        weight = engine.runner.decoder.embed_tokens.weight
+        peer = Transformers(model, weight.dtype, weight.device)
         grown = resident_bytes() - loaded
         systems.append(System("transformers, static batch", peer.static_batch, grown))
         systems.append(System("transformers, continuous", peer.continuous_batch, grown))
@@ -98,10 +99,12 @@ def run_engine(engine: Engine, workload: list[WorkloadRequest]) -> float:
     return time.perf_counter() - start
 
 
-def time_shares(engine: Engine) -> dict[str, float]:
-    """Where the engine's time went since it was built."""
+def time_shares(engine: Engine) -> dict[str, float] | None:
+    """Where the engine's time went since it was built; None on a GPU, which works behind it."""
     timings, runner = engine.timings, engine.runner
     assert isinstance(runner, ModelRunner)
+    if runner.cache.device.type == "cuda":
+        return None
     parts = {
         "model": timings.model - runner.attention_seconds,
         "attention": runner.attention_seconds,
@@ -116,7 +119,7 @@ def time_shares(engine: Engine) -> dict[str, float]:
 class Transformers:
     """The same checkpoint in transformers, with its two ways to serve a batch."""
 
-    def __init__(self, model: str, dtype: torch.dtype) -> None:
+    def __init__(self, model: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         try:
             from transformers import AutoModelForCausalLM
         except ImportError as error:
@@ -129,17 +132,17 @@ class Transformers:
         if path.is_file():
             where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
             where |= _plain_weights()
-        self.model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval().to(device)
 
     @torch.inference_mode()
     def static_batch(self, workload: list[WorkloadRequest]) -> float:
         """One padded batch; every row runs until the longest output is done."""
         start = time.perf_counter()
         longest = max(len(request.prompt_token_ids) for request in workload)
-        tokens = torch.zeros(len(workload), longest, dtype=torch.long)
+        tokens = torch.zeros(len(workload), longest, dtype=torch.long, device=self.model.device)
         mask = torch.zeros_like(tokens)
         for row, request in enumerate(workload):
-            prompt = torch.tensor(request.prompt_token_ids)
+            prompt = torch.tensor(request.prompt_token_ids, device=self.model.device)
             tokens[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         new_tokens = max(request.output_length for request in workload)

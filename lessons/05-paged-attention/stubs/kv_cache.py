@@ -7,6 +7,7 @@ the block manager's business.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minipaged.errors import ConfigurationError
 from minipaged.memory.block_allocator import BlockId
 from minipaged.memory.block_table import BlockCopy
 
@@ -91,7 +93,15 @@ class KVCache:
         # On the host a block is one piece, which moves at the speed of the bus; with a GPU its
         # pages are pinned, so that a kernel can read and write them.
         on_gpu = self._device.is_cuda
-        host = torch.empty(shape.num_host_blocks, *layers, *block, dtype=dtype, pin_memory=on_gpu)
+        blocks = (shape.num_host_blocks, *layers, *block)
+        try:
+            host = torch.empty(*blocks, dtype=dtype, pin_memory=on_gpu)
+        except RuntimeError as error:
+            size = math.prod(blocks) * dtype.itemsize / 2**30
+            raise ConfigurationError(
+                f"the pool to swap to has {size:.1f} GiB, more than the host can give; "
+                "lower swap_space_gib"
+            ) from error
         self._host = host.movedim(0, 2)
         self.keys: tuple[LayerCache, ...] = self._device[0].unbind(0)
         self.values: tuple[LayerCache, ...] = self._device[1].unbind(0)

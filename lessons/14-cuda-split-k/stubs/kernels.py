@@ -202,14 +202,23 @@ class KernelAttention:
     def _launch(
         self, batch: PagedBatch, seqs: np.ndarray, decoding: bool, query: Tensor, keys: Tensor
     ) -> Launch:
-        splits = 1
-        # On a CPU nothing is gained by tensor cores, and the weights are rounded.
-        suits = query.is_cuda and query.itemsize == keys.itemsize == 2 and query.shape[2] % 16 == 0
-        version = self.prompt or ("tensor_cores" if suits else "prompt")
+        splits, version = 1, self.prompt
+        if version is None:
+            version = "tensor_cores" if self._suits_tensor_cores(query, keys) else "prompt"
         if decoding:
             blocks = int(batch.context_lengths[seqs].max()) // batch.block_size
             version, splits = self.decoding_kernel(len(seqs) * keys.shape[2], blocks)
         return Launch.of_batch(batch, seqs, version, self.device, splits)
+
+    def _suits_tensor_cores(self, query: Tensor, keys: Tensor) -> bool:
+        """On a CPU nothing is gained by them, and the weights are rounded."""
+        head_size = query.shape[2]
+        if not query.is_cuda or not query.itemsize == keys.itemsize == 2 or head_size % 16:
+            return False
+        # Tiles of larger heads fit only where a thread block may have as much as on an A100.
+        properties = torch.cuda.get_device_properties(self.device)
+        memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return head_size <= 128 or memory >= 160 * 1024
 
     def decoding_kernel(self, thread_blocks: int, blocks: int) -> tuple[str, int]:
         """Which kernel decodes contexts of so many KV blocks, and in how many parts.
