@@ -58,8 +58,14 @@ def backend_name(name: str = "auto", device: str | None = None) -> str:
 
 
 def device_of(name: str = "auto") -> str:
-    """Where the model has to be for this attention: "cpu" or "cuda"."""
-    return "cuda" if backend_name(name) == "cuda" else "cpu"
+    """Where the model has to be for this attention: "cpu" or "cuda".
+
+    Raises ConfigurationError where that is a GPU, and there is none.
+    """
+    if backend_name(name) != "cuda":
+        return "cpu"
+    build.find_gpu()
+    return "cuda"
 
 
 def attention_backend(name: str = "auto", debug: bool = False) -> Prepare:

@@ -66,14 +66,19 @@ def find_compiler() -> None:
         )
 
 
-def find_nvcc() -> None:
-    """Raises ConfigurationError unless there is a GPU, and an nvcc that fits torch."""
-    find_compiler()
+def find_gpu() -> None:
+    """Raises ConfigurationError unless torch can use a GPU."""
     if not torch.cuda.is_available():
         raise ConfigurationError(
             'attention "cuda" needs an NVIDIA GPU and a torch built for CUDA; choose "native", '
             '"torch", or "emulated" to run the kernels on the CPU'
         )
+
+
+def find_nvcc() -> None:
+    """Raises ConfigurationError unless there is a GPU, and an nvcc that fits torch."""
+    find_compiler()
+    find_gpu()
     from torch.utils.cpp_extension import CUDA_HOME
 
     if CUDA_HOME is None:
@@ -96,7 +101,7 @@ def head_size_fits(head_size: int, dtype: torch.dtype) -> None:
         raise ConfigurationError(
             f"there is no kernel for {dtype}; choose one of {', '.join(map(str, CPP_TYPES))}"
         )
-    if head_size * dtype.itemsize % 16 or head_size > 256:
+    if head_size < 1 or head_size * dtype.itemsize % 16 or head_size > 256:
         raise ConfigurationError(
             f"there is no kernel for heads of {head_size} elements of {dtype}: they must be a "
             'multiple of 16 bytes and at most 256; choose attention "torch"'

@@ -16,6 +16,7 @@ from minipaged.cli.options import (
     JsonOption,
     ModelOption,
     SeedOption,
+    ThreadsOption,
     at_least_one,
     named_dtype,
 )
@@ -26,7 +27,7 @@ from minipaged.errors import ConfigurationError
 def cost_model(
     model: ModelOption = "smollm2",
     attention: AttentionOption = "native",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+    threads: ThreadsOption = 0,
     json_file: JsonOption = None,
 ) -> None:
     """The simulator's cost model against measured steps, with this machine for a GPU."""
@@ -71,11 +72,11 @@ def kernel(
     batch: Annotated[list[int] | None, typer.Option(help="may be given several times")] = None,
     context: Annotated[list[int] | None, typer.Option(help="tokens of each sequence")] = None,
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
-    head_size: Annotated[int, typer.Option(help="elements of a head")] = 128,
+    head_size: Annotated[int, typer.Option(min=1, help="elements of a head")] = 128,
     block_size: BlockSizeOption = 16,
     dtype: DtypeOption = "bfloat16",
     repeats: Annotated[int, typer.Option(help="runs of each; the median counts")] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+    threads: ThreadsOption = 0,
     json_file: JsonOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -113,7 +114,7 @@ def kernel(
 @bench.command()
 def resources(
     dtype: DtypeOption = "bfloat16",
-    head_size: Annotated[int, typer.Option(help="elements of a head")] = 128,
+    head_size: Annotated[int, typer.Option(min=1, help="elements of a head")] = 128,
     float8_cache: Annotated[bool, typer.Option(help="also the kernels for an 8-bit cache")] = False,
     json_file: JsonOption = None,
 ) -> None:

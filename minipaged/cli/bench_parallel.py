@@ -15,6 +15,7 @@ from minipaged.cli.options import (
     ModelOption,
     NumBlocksOption,
     SeedOption,
+    ThreadsOption,
     at_least_one,
 )
 from minipaged.errors import ConfigurationError
@@ -26,7 +27,7 @@ def parallel(
     ranks: Annotated[str, typer.Option(help="numbers of ranks, as in 1,2,4")] = "1,2,4",
     num_requests: Annotated[int, typer.Option(help="served together")] = 16,
     length: Annotated[int, typer.Option(help="tokens of each prompt and of each output")] = 64,
-    threads: Annotated[int, typer.Option(help="CPU threads of all ranks; 0 leaves torch's")] = 0,
+    threads: ThreadsOption = 0,
     json_file: JsonOption = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",

@@ -14,6 +14,7 @@ from minipaged.cli.bench import bench
 from minipaged.cli.generate import complain
 from minipaged.cli.options import (
     JsonOption,
+    PlotOption,
     SeedOption,
     TokenizerOption,
     TraceOption,
@@ -74,7 +75,7 @@ def serve(
     ] = True,
     timeout: Annotated[float, typer.Option(help="seconds from when a request was due")] = 300,
     json_file: JsonOption = None,
-    plot: Annotated[Path | None, typer.Option(help="latency over the rate: PNG or SVG")] = None,
+    plot: PlotOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Send requests at their time to an endpoint, and measure from that time on.
@@ -86,7 +87,7 @@ def serve(
     import numpy as np
 
     from minipaged.evaluation import report
-    from minipaged.evaluation.arrivals import check_rate
+    from minipaged.evaluation.arrivals import check_rate, check_workload
 
     with needs_extra("bench serve", "serving"):
         from minipaged.evaluation import load_report
@@ -99,13 +100,7 @@ def serve(
     for name, seconds in (("--timeout", timeout), ("--latency-limit", latency_limit)):
         if not seconds > 0:
             raise ConfigurationError(f"{name} is {seconds:g}; it must be above 0")
-    for option, path in (("--json", json_file), ("--plot", plot)):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigurationError(
-                f"{option} {path}: the folder {path.parent} does not exist; make it first"
-            )
-    if plot is not None and plot.suffix not in (".svg", ".png"):
-        raise ConfigurationError(f"--plot is {plot}; it must end in .svg or .png")
+    check_workload(dataset)
     poisson = _is_poisson(arrivals, trace)
     if rates is not None and sweep:
         raise ConfigurationError("--rates names them all; leave it out, or --sweep")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from minipaged.cli.options import CsvOption
+
 course_app = typer.Typer(
     help="Assignments, grading, and checks of the lessons.", no_args_is_help=True
 )
@@ -18,7 +20,9 @@ HiddenOption = Annotated[
     typer.Option(help="a folder of more tests, marked with their tasks like public ones"),
 ]
 ShareOption = Annotated[float, typer.Option(help="of the points that hidden tests give, 0 to 1")]
-OutOption = Annotated[Path, typer.Option("--output", "-o", help="folder for what is made")]
+OutOption = Annotated[
+    Path, typer.Option("--output", "-o", file_okay=False, help="folder for what is made")
+]
 
 Lessons = Annotated[list[int] | None, typer.Argument(metavar="[N]...", help="all, if left out")]
 
@@ -133,7 +137,7 @@ def grade(
     jobs: Annotated[int, typer.Option(min=1, help="submissions at a time")] = 2,
     seed: Annotated[int | None, typer.Option(help="of the examples; drawn if left out")] = None,
     allow: Annotated[list[str] | None, typer.Option(help="a module that may be imported")] = None,
-    csv: Annotated[Path | None, typer.Option(help="write the points to this file")] = None,
+    csv: CsvOption = None,
 ) -> None:
     """Grade one submission, or many side by side: points, feedback, a summary of the class."""
     from minipaged.course.grading import Grader, grade_all
@@ -167,6 +171,11 @@ def found_submissions(paths: list[Path]) -> list[Path]:
 
     if missing := [path for path in paths if not path.exists()]:
         raise LessonError(f"there is no submission {missing[0]}")
+    for path in paths:
+        if path.is_file() and path.suffix != ".zip":
+            raise LessonError(
+                f"{path} is a file; put the files of each student in a folder or a zip of their own"
+            )
     if len(paths) == 1 and paths[0].is_dir():
         inside = sorted(path for path in paths[0].iterdir() if not path.name.startswith("."))
         submissions = all(path.is_dir() or path.suffix == ".zip" for path in inside)

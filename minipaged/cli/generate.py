@@ -30,6 +30,7 @@ from minipaged.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    TraceHtmlOption,
     use_lessons,
 )
 from minipaged.errors import InvalidRequestError
@@ -46,9 +47,7 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option("--prompts", help="a file with a prompt on every line")
     ] = None,
-    trace_html: Annotated[
-        Path | None, typer.Option(help="write a page to step through the iterations")
-    ] = None,
+    trace_html: TraceHtmlOption = None,
     max_tokens: MaxTokensOption = 128,
     temperature: TemperatureOption = 0.8,
     top_k: TopKOption = 0,
@@ -86,10 +85,6 @@ def generate(
     texts = [*(prompts or []), *_read_prompts(prompt_file)]
     if not texts:
         raise InvalidRequestError("there is no prompt; give one, or a file of them with --prompts")
-    if trace_html is not None and not trace_html.resolve().parent.is_dir():
-        raise InvalidRequestError(
-            f"--trace-html {trace_html} lies in a directory that does not exist; make it first"
-        )
     params = SamplingParams(
         temperature=0 if beam_search else temperature,
         top_k=top_k,

@@ -141,11 +141,13 @@ def diff(
 @lesson_app.command()
 def reset(number: Number, yes: Yes = False) -> None:
     """Begin a lesson anew; what you had is kept beside it as a backup."""
-    from minipaged.course.lesson import find_lesson
+    from minipaged.course.lesson import LessonError, find_lesson
     from minipaged.course.substitution import own_files
 
     lesson = find_lesson(number)
     files = own_files([lesson])
+    if not files:
+        raise LessonError(f"lesson {number} has no files to begin anew: nothing is written in it")
     if not yes:
         names = " and ".join(str(shown(path)) for path in files.values())
         typer.confirm(f"Replace {names} by the stub?  A backup is kept.", abort=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,28 @@ if TYPE_CHECKING:
 
     from minipaged.evaluation.arrivals import TimedRequest
 
+
+def _writable(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse, before anything is run, a file that could not be written in the end."""
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
+        raise ConfigurationError(
+            f"{parameter.opts[0]} {path} {what}; name a file, in a folder that exists"
+        )
+    return path
+
+
+def _drawable(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".svg", ".png"):
+        raise ConfigurationError(f"{parameter.opts[0]} is {path}; it must end in .svg or .png")
+    return _writable(parameter, path)
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", help="tiny, smollm2, a directory, a GGUF file or a hub id")
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64")]
-BlockSizeOption = Annotated[int, typer.Option(help="tokens per KV block")]
+BlockSizeOption = Annotated[int, typer.Option(min=1, help="tokens per KV block")]
 NumBlocksOption = Annotated[
     int | None, typer.Option(help="blocks of the pool; sized from the memory if left out")
 ]
@@ -47,8 +65,21 @@ RanksOption = Annotated[
         help="ranks that divide the model among them; torchrun's if left out, else 1",
     ),
 ]
-SeedOption = Annotated[int, typer.Option(help="of the random streams")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figures to a file")]
+SeedOption = Annotated[int, typer.Option(min=0, help="of the random streams")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, help="CPU threads, of all ranks together; 0 leaves torch's choice")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", callback=_writable, help="write the figures to a file")
+]
+PlotOption = Annotated[Path | None, typer.Option(callback=_drawable, help="draw it: PNG or SVG")]
+TraceHtmlOption = Annotated[
+    Path | None,
+    typer.Option(callback=_writable, help="write a page to step through the iterations"),
+]
+CsvOption = Annotated[
+    Path | None, typer.Option(callback=_writable, help="write the points to this file")
+]
 MaxTokensOption = Annotated[int, typer.Option(help="output tokens per prompt")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy")]
 TopKOption = Annotated[int, typer.Option(help="draw among the k likeliest; 0 for all")]
@@ -102,10 +133,10 @@ def needs_extra(what: str, extra: str) -> Iterator[None]:
 
 
 def at_least_one(name: str, *values: float) -> None:
-    """Refuse what is less than 1, by the name of its option."""
+    """Refuse what is less than 1, or no number, by the name of its option."""
     for value in values:
-        if value < 1:
-            raise ConfigurationError(f"{name} is {value:g}; it must be at least 1")
+        if not 1 <= value < math.inf:
+            raise ConfigurationError(f"{name} is {value:g}; it must be a number of at least 1")
 
 
 def use_lessons(numbers: str | None) -> None:

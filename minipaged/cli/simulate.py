@@ -15,6 +15,7 @@ from minipaged.cli.options import (
     BlockSizeOption,
     JsonOption,
     LessonsOption,
+    PlotOption,
     PreemptionOption,
     SeedOption,
     TokenizerOption,
@@ -92,6 +93,7 @@ def simulate(
     from minipaged.evaluation.arrivals import (
         TimedRequest,
         check_rate,
+        check_workload,
         poisson_requests,
     )
     from minipaged.evaluation.outcome import Outcome
@@ -107,6 +109,8 @@ def simulate(
         at_least_one(name, value)
     if rate is not None:
         check_rate(rate)
+    if trace is None:
+        check_workload(dataset)
     target = _target(deployment, hardware)
     recorded: list[TimedRequest] = []
     if trace is not None:
@@ -173,11 +177,14 @@ def simulate(
 
 
 def reproduce(
-    figures: Annotated[list[str], typer.Argument(help="fig2, fig12 ... fig19, or all")],
+    figures: Annotated[
+        list[str],
+        typer.Argument(help="fig2, fig12 ... fig19, policies, pressure, components; or all"),
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="short runs, for a first look")] = False,
-    output: Annotated[Path, typer.Option(help="folder for tables, results and plots")] = Path(
-        "results"
-    ),
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="folder for tables, results and plots")
+    ] = Path("results"),
     processes: Annotated[int, typer.Option(help="tasks that run at a time")] = 2,
 ) -> None:
     """The paper's figures from this engine: each a plot, and a table beside the paper's values."""
@@ -218,15 +225,17 @@ def tune_block_size(
     hardware: HardwareOption = None,
     dataset: DatasetOption = "sharegpt",
     seconds: Annotated[float, typer.Option(help="in which requests arrive")] = 300,
-    plot: Annotated[Path | None, typer.Option(help="draw the trade-off, as PNG or SVG")] = None,
+    plot: PlotOption = None,
 ) -> None:
     """Choose the block size for a model and a workload; simulated."""
     from matplotlib.figure import Figure
 
-    from minipaged.evaluation.arrivals import check_rate
+    from minipaged.evaluation.arrivals import check_rate, check_workload
     from minipaged.evaluation.sweep import tune_block_size as tune
 
     check_rate(rate)
+    check_workload(dataset)
+    at_least_one("--seconds", seconds)
     target = _target(deployment, hardware)
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if 4 * size <= target.kv_slots]
     chosen, outcomes = tune(target, dataset, rate, seconds, sizes)

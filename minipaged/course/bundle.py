@@ -19,6 +19,7 @@ from minipaged.course.lesson import ROOT, Lesson, LessonError
 from minipaged.course.stubs import reference_bodies, with_open_tasks
 from minipaged.course.substitution import ASSIGNMENT
 
+TASK_MARK = re.compile(r"mark\.task\(['\"]([\d.]+)['\"]\)")
 PACKAGE = ("minipaged", "cuda", "pyproject.toml", "conftest.py")
 CONFIGURATION = "grading.json"
 TEXTS = (".py", ".md", ".ipynb", ".toml", ".cuh", ".cu", ".h", ".cpp", ".json", ".txt")
@@ -116,12 +117,13 @@ def instructions(lessons: Sequence[Lesson]) -> str:
     lines += [
         "",
         "```console",
-        '$ pip install --editable ".[test]"',
+        '$ pip install --editable ".[lessons]"',
         *(f"$ minipaged lesson test {lesson.number}" for lesson in lessons),
         *(f"$ {command}" for command in commands),
         "```",
         "",
-        "Read `lesson.ipynb` in the folder of each lesson.  Hand in your files by their names.",
+        "Read `lesson.ipynb` in the folder of each lesson.  Hand in a folder or a zip with your files,",
+        "under the names that they have above.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -168,14 +170,32 @@ SMALL = ["pytest", "pytest-timeout", "hypothesis", "numpy", "tomli"]
 LARGE = ["torch>=2.6,<2.14", "safetensors", "tokenizers", "jaxtyping", "jinja2", "typer", "rich"]
 
 
+def check_hidden(lessons: Sequence[Lesson], hidden: Path | None, hidden_share: float) -> None:
+    """LessonError for hidden tests that would count for nothing, and a share that is none."""
+    if not 0 <= hidden_share <= 1:
+        raise LessonError(f"hidden_share is {hidden_share}; it must be from 0 to 1")
+    if hidden is None:
+        return
+    files = sorted(hidden.glob("test_*.py"))
+    if not files:
+        raise LessonError(f"{hidden} has no test_*.py; hidden tests are written like public")
+    known = {task.number for lesson in lessons for task in lesson.tasks}
+    for path in files:
+        if not known & set(TASK_MARK.findall(path.read_text("utf-8"))):
+            raise LessonError(
+                f"{path} would count for nothing: none of its tests has the mark of a task of "
+                f"lesson {', '.join(str(lesson.number) for lesson in lessons)}, like "
+                f'@pytest.mark.task("{min(known)}")'
+            )
+
+
 def write_autograder(
     lessons: Sequence[Lesson], folder: Path, hidden: Path | None = None, hidden_share: float = 0.5
 ) -> None:
     """Fill a folder with what Gradescope wants in the root of its zip."""
+    check_hidden(lessons, hidden, hidden_share)
     write_bundle(lessons, folder)
     if hidden is not None:
-        if not any(hidden.glob("test_*.py")):
-            raise LessonError(f"{hidden} has no test_*.py; hidden tests are written like public")
         shutil.copytree(hidden, folder / "hidden", ignore=shutil.ignore_patterns("__pycache__"))
     configuration = {
         "lessons": [lesson.number for lesson in lessons],

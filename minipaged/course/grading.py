@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipaged.course.bundle import CONFIGURATION, write_bundle
+from minipaged.course.bundle import CONFIGURATION, TASK_MARK, check_hidden, write_bundle
 from minipaged.course.lesson import ROOT, Lesson, LessonError, Task
 from minipaged.course.submission import Submission, suspicious
 from minipaged.course.testing import LEAN
@@ -127,8 +127,7 @@ class Grader:
         allowed: Sequence[str] = (),
         check_imports: bool = True,
     ) -> None:
-        if not 0 <= hidden_share <= 1:
-            raise LessonError(f"hidden_share is {hidden_share}; it must be from 0 to 1")
+        check_hidden(lessons, hidden, hidden_share)
         self.lessons = list(lessons)
         self.limits = limits or Limits()
         self.hidden_share = hidden_share
@@ -186,7 +185,7 @@ class Grader:
                 line = lines[node.lineno - 1]
                 lines[node.lineno - 1] = line.replace(f"def {node.name}(", f"def {new}(", 1)
             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign)):
-                for number in re.findall(r"mark\.task\(['\"]([\d.]+)['\"]\)", ast.unparse(node)):
+                for number in TASK_MARK.findall(ast.unparse(node)):
                     name = node.name if isinstance(node, ast.FunctionDef) else "test_life"
                     tasks.setdefault(number, name)
         return "".join(lines), list(tasks.items())

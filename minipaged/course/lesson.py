@@ -167,9 +167,9 @@ def find_task(number: str) -> tuple[Lesson, Task]:
 
 
 def parse_numbers(text: str) -> list[int]:
-    """Lessons named like "3,4,8"; LessonError for anything else."""
+    """Lessons named like "3,4,8", each once; LessonError for anything else."""
     try:
-        return [int(part) for part in text.split(",")]
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise LessonError(
             f"{text!r} names no lessons; give their numbers with commas between, as in 3,4,8"

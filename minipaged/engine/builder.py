@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from minipaged.attention import attention_backend, backend_name, device_of
+from minipaged.attention.gathered import GatheredAttention
 from minipaged.attention.kernels import KernelAttention
 from minipaged.distributed.place import place_of
 from minipaged.engine.decode_graphs import DecodeGraphs
@@ -132,6 +133,8 @@ def is_parallel(options: EngineOptions) -> bool:
 
 def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> Engine:
     """An engine around a decoder that is in memory already."""
+    if options.seed < 0:
+        raise ConfigurationError(f"seed is {options.seed}; it must be at least 0")
     config, weight = decoder.config, decoder.embed_tokens.weight
     dtype, attention = weight.dtype, backend_name(options.attention, weight.device.type)
     options = dataclasses.replace(options, attention=attention)
@@ -141,6 +144,8 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
     preemption = Preemption(options.preemption, preemption_costs(decoder, options.block_size))
     manager = block_manager(config, dtype, num_blocks, options)
     runner = build_runner(decoder, num_blocks, options)
+    if isinstance(runner.prepare_attention, GatheredAttention):
+        attention = "torch"  # also where nothing could be compiled
     if options.debug:
         manager.device.on_free = runner.cache.poison
     budget = options.max_num_batched_tokens
@@ -247,14 +252,14 @@ def host_blocks(
     if options.swap_space_gib is None:
         return num_blocks
     bytes_per_block = cache_shape(config, 1, options.block_size).bytes_per_block(dtype)
-    affordable = int(options.swap_space_gib * 2**30 // bytes_per_block)
-    if affordable < 1:
+    affordable = options.swap_space_gib * 2**30 // bytes_per_block
+    if not affordable >= 1:
         raise ConfigurationError(
             f"swap_space_gib is {options.swap_space_gib}, below one block of "
             f"{bytes_per_block / 2**20:.2f} MiB, so that nothing can be swapped; raise it, or set "
             'preemption to "recompute"'
         )
-    return min(affordable, num_blocks)
+    return int(min(affordable, num_blocks))
 
 
 def preemption_costs(decoder: Decoder, block_size: int) -> PreemptionCosts:
@@ -279,18 +284,20 @@ def blocks_within_budget(
     """
     if options.block_size < 1:
         raise ConfigurationError(f"block_size is {options.block_size}; it must be at least 1")
+    if options.max_num_seqs < 1:
+        raise ConfigurationError(f"max_num_seqs is {options.max_num_seqs}; it must be at least 1")
     budget = default_cache_memory(options.attention, ranks_here)
     if options.kv_cache_gib is not None:
         budget = options.kv_cache_gib * 2**30
     bytes_per_block = cache_shape(config, 1, options.block_size).bytes_per_block(dtype)
-    affordable = int(budget // bytes_per_block)
-    if affordable < 1:
+    affordable = budget // bytes_per_block
+    if not affordable >= 1:
         raise ConfigurationError(
             f"the KV cache budget of {budget / 2**30:g} GiB is below one block of "
             f"{bytes_per_block / 2**20:.2f} MiB; raise kv_cache_gib or lower block_size"
         )
     blocks_per_context = -(-config.context_length // options.block_size)
-    return min(affordable, options.max_num_seqs * blocks_per_context)
+    return int(min(affordable, options.max_num_seqs * blocks_per_context))
 
 
 def default_cache_memory(attention: str, ranks_here: int = 1) -> float:

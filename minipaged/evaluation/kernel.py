@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minipaged.attention import attention_backend, backend_name, device_of
 from minipaged.attention.batch import PagedBatch
+from minipaged.attention.build import find_compiler
 from minipaged.evaluation.kernel_peers import (
     Caches,
     Layer,
@@ -83,6 +84,8 @@ def measure_kernels(
     Raises ValueError if they do not compute the same.
     """
     device = torch.device(device_of(attention))
+    if attention == "native":
+        find_compiler()  # without one, what is measured would be PyTorch's
     generator = torch.Generator(device).manual_seed(seed)
     layers = max(1, BYTES_IN_ALL[device.type] // shape.bytes_read(dtype))
 

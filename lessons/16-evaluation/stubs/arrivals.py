@@ -76,6 +76,13 @@ def dataset_named(name: str) -> Dataset:
     return DATASETS[name]
 
 
+def check_workload(name: str) -> None:
+    """Raise ConfigurationError unless poisson_requests knows requests of this name."""
+    names = ["sharegpt", "alpaca", *SHOTS, "chat"]
+    if name not in names:
+        raise ConfigurationError(f"there is no dataset {name!r}; choose {', '.join(names)}")
+
+
 def draw_lengths(mean: float, count: int, longest: int, rng: np.random.Generator) -> list[int]:
     """Log-normal lengths from 1 to `longest`, of this mean once those above are cut.
 
