@@ -122,8 +122,8 @@ def instructions(lessons: Sequence[Lesson]) -> str:
         *(f"$ {command}" for command in commands),
         "```",
         "",
-        "Read `lesson.ipynb` in the folder of each lesson.  Hand in a folder or a zip with your files,",
-        "under the names that they have above.",
+        "Read `lesson.ipynb` in the folder of each lesson.  Hand in a folder or a zip with your",
+        "files, under the names that they have above.",
     ]
     return "\n".join(lines) + "\n"
 

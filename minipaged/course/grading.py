@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import random
-import re
 import secrets
 import shutil
 import subprocess
