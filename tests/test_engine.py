@@ -1,12 +1,25 @@
 """T4, scheduling invariance, and T5, no leaks: the whole engine in float64 against the oracle."""
 
+import dataclasses
+import itertools
+import operator
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import event, example, given
-from strategies import CONTEXT, EOS, VOCAB, Request, Workload, tiny_decoder, workloads
+from hypothesis import strategies as st
+from strategies import (
+    CONTEXT,
+    EOS,
+    VOCAB,
+    Request,
+    Workload,
+    check_output,
+    tiny_decoder,
+    workloads,
+)
 
 from minipaged.engine.builder import EngineOptions, build_engine
 from minipaged.engine.trace import Trace
@@ -72,6 +85,41 @@ def test_abort_at_any_step_frees_every_block(workload):
     assert not engine.has_unfinished_requests
 
 
+@given(
+    workload=workloads(),
+    call=st.integers(1, 12),
+    where=st.sampled_from(["runner.execute", "_branching.draw", "_branching.end_step"]),
+    before=st.booleans(),
+)
+def test_a_step_that_fails_leaves_nothing_behind(workload, call, where, before):
+    """What it had planned to copy and swap is lost: all end, and who comes next is served well."""
+    engine = workload.engine()
+    owner, method = operator.attrgetter(where.split(".")[0])(engine), where.split(".")[1]
+    work, calls = getattr(owner, method), itertools.count(1)
+
+    def fails(*arguments):
+        if before and next(calls) == call:
+            raise MemoryError
+        result = work(*arguments)
+        if not before and next(calls) == call:
+            raise MemoryError
+        return result
+
+    setattr(owner, method, fails)
+    try:
+        workload.run(engine)
+    except MemoryError:
+        event(f"failed in {where}")
+        engine.check_integrity()
+        assert not engine.has_unfinished_requests
+        assert engine.scheduler.manager.device.num_used == 0
+        assert engine.scheduler.manager.host.num_used == 0
+    first = workload.requests[0]
+    again = Request(first.prompt, {**first.params, "seed": 7})
+    outputs, _ = dataclasses.replace(workload, requests=(again,)).run(engine)
+    check_output(again, outputs[0], again.expected(workload.decoder, 0))
+
+
 def engine_of(**options):
     options = {"block_size": 4, "num_blocks": 8, "debug": True, **options}
     return build_engine(tiny_decoder(), None, EngineOptions(**options))
@@ -89,6 +137,11 @@ def engine_of(**options):
         ([1] * 33, {"max_tokens": 1}, "may need 9 blocks of 4 tokens and the whole pool has 8"),
         ([1] * 30, {"max_tokens": 4}, "may need 9 blocks"),
         ("text", {}, "no tokenizer"),
+        (
+            [1],
+            {"stop_token_ids": list(range(VOCAB)), "min_tokens": 1},
+            "min_tokens is 1 and every token of the vocabulary ends the output",
+        ),
         ([1] * 9, {"n": 4, "max_tokens": 8}, "may need 10 blocks .* n or the beam width"),
         ([1], {"n": 300, "max_tokens": 1, "best_of": 300}, "the whole pool has 8"),
         (

@@ -1,9 +1,11 @@
 """The offline API with the shipped model: text in, text out, in order."""
 
 import logging
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,6 +112,33 @@ def test_an_interrupt_leaves_nothing_behind(llm):
     assert not llm.engine.has_unfinished_requests
     assert llm.engine.scheduler.manager.device.num_used == 0
     llm.generate("ROMEO:")
+
+
+def test_ctrl_c_does_not_interrupt_a_step(llm, monkeypatch):
+    def pressed_within(plan):
+        signal.raise_signal(signal.SIGINT)
+        return execute(plan)
+
+    execute, steps = llm.engine.runner.execute, llm.engine.num_steps
+    monkeypatch.setattr(llm.engine.runner, "execute", pressed_within)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["ROMEO:", "JULIET:"])
+    assert llm.engine.num_steps == steps + 1
+    assert not llm.engine.has_unfinished_requests
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_prompt_in_numbers_of_numpy(llm):
+    ids = llm.engine.tokenizer.encode("ROMEO:")
+    params = SamplingParams(temperature=0, max_tokens=4)
+    wanted = llm.generate("ROMEO:", params)[0].outputs[0].token_ids
+    for prompt in (np.array(ids), list(np.array(ids))):
+        assert llm.generate(prompt, params)[0].outputs[0].token_ids == wanted
+
+
+def test_chat_needs_a_message(llm):
+    with pytest.raises(InvalidRequestError, match="there is no message"):
+        llm.chat([])
 
 
 def test_chat_needs_a_template(llm):

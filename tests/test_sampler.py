@@ -191,3 +191,10 @@ def test_extreme_logits_draw_a_possible_token():
     params = SamplingParams(temperature=1e-9)
     tokens = sample(logits, [draw_of(params), draw_of(params)])
     assert [token.token_id for token in tokens] == [0, 2]
+
+
+def test_a_tiny_top_p_keeps_the_likeliest_token():
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
+    for top_p in (1e-46, 1e-300):
+        kept = token_distribution(logits, [SamplingParams(top_p=top_p)])
+        assert kept.tolist() == [[1, 0, 0, 0]]

@@ -9,7 +9,8 @@ from minipaged.request.sampling_params import SamplingParams
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, r"temperature is -0.1; it must lie in \[0, inf\)"),
+        ({"temperature": -0.1}, r"temperature is -0.1; it must lie in \[0, 1000000.0\]"),
+        ({"temperature": 10**400}, "temperature is 1000.*; it must lie in"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
@@ -21,6 +22,10 @@ from minipaged.request.sampling_params import SamplingParams
         ({"min_p": -0.5}, "min_p is -0.5"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        (
+            {"repetition_penalty": 1e-38},
+            r"repetition_penalty is 1e-38; it must lie in \[0.01, 100\]",
+        ),
         ({"presence_penalty": 2.5}, "presence_penalty is 2.5"),
         ({"frequency_penalty": -2.5}, "frequency_penalty is -2.5"),
         ({"max_tokens": 0}, r"max_tokens is 0; it must lie in \[1, inf\)"),
@@ -33,6 +38,7 @@ from minipaged.request.sampling_params import SamplingParams
         ({"stop": ["a", ""]}, "a stop string is empty"),
         ({"stop": [3]}, "a stop string is 3; it must be text"),
         ({"stop_token_ids": [-1]}, "a stop token id is -1"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5; it must be a list"),
         ({"stop_token_ids": ["</s>"]}, "a stop token id is '</s>'"),
     ],
 )
@@ -82,6 +88,7 @@ def test_numbers_of_outputs(options, message):
     [
         ({"early_stopping": "soon"}, "early_stopping is 'soon'"),
         ({"length_penalty": float("inf")}, "length_penalty is inf"),
+        ({"length_penalty": 100}, r"length_penalty is 100; it must lie in \[-10, 10\]"),
         ({"top_k": 5}, "top_k is 5 with beam search"),
         ({"top_p": 0.9}, "top_p is 0.9 with beam search"),
         ({"min_p": 0.1}, "min_p is 0.1 with beam search"),

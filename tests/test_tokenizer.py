@@ -102,6 +102,22 @@ def test_pieces_with_spaces_and_bytes_as_tokens(sentencepiece, prompt, text, dat
     assert shown + detokenizer.finish() == whole
 
 
+@given(prompt=legible, text=legible)
+def test_a_prompt_may_end_in_any_character(sentencepiece, prompt, text):
+    """Also in one whose bytes are more tokens than the context that the first piece is given."""
+    prompt_ids, token_ids = sentencepiece.encode(prompt), sentencepiece.encode(text)
+    detokenizer = IncrementalDetokenizer(sentencepiece, True, prompt_ids)
+    shown = "".join(map(detokenizer.append, token_ids)) + detokenizer.finish()
+    whole = sentencepiece.decode(prompt_ids + token_ids)
+    assert shown == whole.removeprefix(sentencepiece.decode(prompt_ids))
+
+
+def test_a_character_that_the_prompt_begins_and_the_output_ends(sentencepiece):
+    first, *rest = (3 + byte for byte in "日".encode())
+    detokenizer = IncrementalDetokenizer(sentencepiece, True, [*sentencepiece.encode("a"), first])
+    assert "".join(map(detokenizer.append, [*rest, *sentencepiece.encode("ab")])) == "日 ab"
+
+
 def test_a_piece_costs_the_same_however_long_the_text(tiny):
     lengths = []
 

@@ -13,6 +13,7 @@ from minipaged.cli.options import (
     AttentionOption,
     BlockSizeOption,
     DtypeOption,
+    HeadSizeOption,
     JsonOption,
     ModelOption,
     SeedOption,
@@ -72,7 +73,7 @@ def kernel(
     batch: Annotated[list[int] | None, typer.Option(help="may be given several times")] = None,
     context: Annotated[list[int] | None, typer.Option(help="tokens of each sequence")] = None,
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
-    head_size: Annotated[int, typer.Option(min=1, help="elements of a head")] = 128,
+    head_size: HeadSizeOption = 128,
     block_size: BlockSizeOption = 16,
     dtype: DtypeOption = "bfloat16",
     repeats: Annotated[int, typer.Option(help="runs of each; the median counts")] = 5,
@@ -114,7 +115,7 @@ def kernel(
 @bench.command()
 def resources(
     dtype: DtypeOption = "bfloat16",
-    head_size: Annotated[int, typer.Option(min=1, help="elements of a head")] = 128,
+    head_size: HeadSizeOption = 128,
     float8_cache: Annotated[bool, typer.Option(help="also the kernels for an 8-bit cache")] = False,
     json_file: JsonOption = None,
 ) -> None:

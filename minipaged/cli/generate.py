@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from minipaged.cli.interrupt import Interrupt
 from minipaged.cli.options import (
     AttentionOption,
     BlockSizeOption,
@@ -33,6 +32,7 @@ from minipaged.cli.options import (
     TraceHtmlOption,
     use_lessons,
 )
+from minipaged.engine.interrupt import Interrupt
 from minipaged.errors import InvalidRequestError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     import torch
 
     from minipaged.evaluation.arrivals import TimedRequest
+
+
+def no_less_than(low: int) -> Callable[[typer.CallbackParam, int], int]:
+    """Refuses a smaller number, by the name of its option."""
+
+    def check(parameter: typer.CallbackParam, value: int) -> int:
+        if value < low:
+            raise ConfigurationError(f"{parameter.opts[0]} is {value}; it must be at least {low}")
+        return value
+
+    return check
 
 
 def _writable(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -39,7 +50,7 @@ ModelOption = Annotated[
     str, typer.Option("--model", help="tiny, smollm2, a directory, a GGUF file or a hub id")
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64")]
-BlockSizeOption = Annotated[int, typer.Option(min=1, help="tokens per KV block")]
+BlockSizeOption = Annotated[int, typer.Option(callback=no_less_than(1), help="tokens per KV block")]
 NumBlocksOption = Annotated[
     int | None, typer.Option(help="blocks of the pool; sized from the memory if left out")
 ]
@@ -65,9 +76,13 @@ RanksOption = Annotated[
         help="ranks that divide the model among them; torchrun's if left out, else 1",
     ),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="of the random streams")]
+SeedOption = Annotated[int, typer.Option(callback=no_less_than(0), help="of the random streams")]
+HeadSizeOption = Annotated[int, typer.Option(callback=no_less_than(1), help="elements of a head")]
 ThreadsOption = Annotated[
-    int, typer.Option(min=0, help="CPU threads, of all ranks together; 0 leaves torch's choice")
+    int,
+    typer.Option(
+        callback=no_less_than(0), help="CPU threads, of all ranks together; 0 leaves torch's choice"
+    ),
 ]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="write the figures to a file")

@@ -90,7 +90,8 @@ def token_distribution(
         least = column("min_p") * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0)
     if any(p.top_k > 0 or p.top_p < 1 for p in params):
-        probabilities = _keep_likeliest(probabilities, params, column("top_p"))
+        # A float32 below its range would be 0, and keep no token at all.
+        probabilities = _keep_likeliest(probabilities, params, column("top_p").clamp(min=1e-6))
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 

@@ -7,6 +7,8 @@ waiting for all requests of a list `llm.py`'s.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Sequenced
@@ -48,6 +50,25 @@ class Timings:
         self.model += model
         self.sampler += sampler
         self.output += output
+
+
+def _ends_all_if_it_fails(
+    step: Callable[[Engine], list[RequestOutput]],
+) -> Callable[[Engine], list[RequestOutput]]:
+    """What a failing step had planned to copy and swap is lost: nobody can go on from there."""
+
+    @functools.wraps(step)
+    def guarded(engine: Engine) -> list[RequestOutput]:
+        try:
+            return step(engine)
+        except BaseException:
+            for request_id in list(engine._requests):
+                with contextlib.suppress(Exception):
+                    engine.abort(request_id)
+            engine._branching.forget_step()
+            raise
+
+    return guarded
 
 
 class Engine:
@@ -100,6 +121,14 @@ class Engine:
             )
         params = params or SamplingParams()
         self._check_priority(priority)
+        if not isinstance(cache_salt, bytes):
+            raise InvalidRequestError(f"cache_salt is {cache_salt!r}; it must be bytes")
+        ends = end_tokens(params, self.eos_token_ids)
+        if params.min_tokens and len(set(ends)) >= self.vocab_size:
+            raise InvalidRequestError(
+                f"min_tokens is {params.min_tokens} and every token of the vocabulary ends the "
+                "output; leave out min_tokens or some stop_token_ids"
+            )
         if params.use_beam_search and params.width > self.vocab_size:
             raise InvalidRequestError(
                 f"the beam width is {params.width} and the vocabulary has {self.vocab_size} tokens "
@@ -118,7 +147,6 @@ class Engine:
             detokenizer = IncrementalDetokenizer(
                 self.tokenizer, params.skip_special_tokens, token_ids
             )
-        ends = end_tokens(params, self.eos_token_ids)
         first = Completion(sequence, params, ends, max_tokens, detokenizer)
         state = RequestState(group, prompt if isinstance(prompt, str) else None, first)
         self._requests[request_id] = state
@@ -129,8 +157,12 @@ class Engine:
         """Whether another step has anything to do."""
         return self.scheduler.has_unfinished
 
+    @_ends_all_if_it_fails
     def step(self) -> list[RequestOutput]:
-        """Run one iteration; returns the requests that got a token, as they stand now."""
+        """Run one iteration; returns the requests that got a token, as they stand now.
+
+        If it raises, in the model or by an interrupt, all requests are aborted.
+        """
         start = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan.is_empty:

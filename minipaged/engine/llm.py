@@ -8,8 +8,11 @@ from collections.abc import Sequence as Sequenced
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
+import numpy as np
+
 from minipaged.engine.builder import EngineOptions, load_engine
 from minipaged.engine.engine import Prompt
+from minipaged.engine.interrupt import Interrupt
 from minipaged.engine.outputs import RequestOutput
 from minipaged.errors import InvalidRequestError
 from minipaged.request.sampling_params import SamplingParams
@@ -89,11 +92,16 @@ class LLM:
                 self.engine.add_request(request_id, prompt, params, urgency)
                 self._num_requests += 1
                 request_ids.append(request_id)
-            while self.engine.has_unfinished_requests:
-                outputs = self.engine.step()
-                done.update((output.request_id, output) for output in outputs if output.finished)
-                if on_step is not None:
-                    on_step(outputs)
+            with Interrupt() as interrupt:  # not within a step, which would be half done
+                while self.engine.has_unfinished_requests:
+                    outputs = self.engine.step()
+                    done.update(
+                        (output.request_id, output) for output in outputs if output.finished
+                    )
+                    if on_step is not None:
+                        on_step(outputs)
+                    if interrupt.asked:
+                        raise KeyboardInterrupt
         finally:  # an error or an interrupt leaves no request behind
             for request_id in request_ids:
                 self.engine.abort(request_id)
@@ -105,6 +113,8 @@ class LLM:
         sampling_params: SamplingParams | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several; each is a list of {"role": ..., "content": ...}."""
+        if not messages:
+            raise InvalidRequestError("there is no message; give a conversation at least one")
         conversations = [messages] if isinstance(messages[0], dict) else messages
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
@@ -115,7 +125,7 @@ class LLM:
 
 def _as_list(prompts: Prompt | Sequenced[Prompt]) -> list[Prompt]:
     """One prompt, as text or token ids, is a list of one."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
         return [cast(Prompt, prompts)]
     return list(cast("Sequenced[Prompt]", prompts))
 

@@ -13,6 +13,7 @@ from minipaged.models.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 LONGEST_WAIT = 64  # tokens; a character has 4 bytes, so nothing legible takes this long
+LONGEST_CHARACTER = 4  # bytes
 PROMPT_CONTEXT = 8  # tokens of the prompt that the first piece is decoded with
 
 
@@ -34,9 +35,14 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._window = list(prompt_token_ids[-PROMPT_CONTEXT:])
+        for first in range(min(LONGEST_CHARACTER, len(self._window))):
+            # Bytes behind half a character are not taken for characters either.
+            if not self._decode(self._window[first:]).startswith(REPLACEMENT):
+                self._window = self._window[first:]
+                break
         self._num_context_tokens = len(self._window)  # of the window: their text was returned
         # Characters of the window's text that were returned.
-        self._num_returned = len(self._decode(self._window))
+        self._num_returned = len(self._decode(self._window).rstrip(REPLACEMENT))
 
     def fork(self) -> IncrementalDetokenizer:
         """A second one that stands where this one does."""

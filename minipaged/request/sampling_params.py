@@ -70,14 +70,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
+        if isinstance(self.stop_token_ids, (int, str)):
+            raise InvalidRequestError(
+                f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids"
+            )
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         self._check_types()
         inf = math.inf
-        self._check_range("temperature", 0, inf, "0 is greedy")
+        self._check_range("temperature", 0, 1e6, "0 is greedy")
         self._check_range("top_k", -1, inf, "0 or -1 keeps every token")
         self._check_range("top_p", 0, 1, "1 keeps every token", open_below=True)
         self._check_range("min_p", 0, 1, "0 keeps every token")
-        self._check_range("repetition_penalty", 0, inf, "1 changes nothing", open_below=True)
+        self._check_range("repetition_penalty", 0.01, 100, "1 changes nothing")
         self._check_range("presence_penalty", -2, 2, "0 changes nothing")
         self._check_range("frequency_penalty", -2, 2, "0 changes nothing")
         self._check_range("max_tokens", 1, inf, "None is as many as fit")
@@ -165,7 +169,7 @@ class SamplingParams:
             raise InvalidRequestError(
                 f'early_stopping is {self.early_stopping!r}; it must be True, False or "never"'
             )
-        self._check_range("length_penalty", -math.inf, math.inf, "1 is the mean log-probability")
+        self._check_range("length_penalty", -10, 10, "1 is the mean log-probability")
         neutral: dict[str, tuple[Any, ...]] = {
             "temperature": (0,),
             "top_k": (0, -1),
@@ -191,7 +195,7 @@ class SamplingParams:
         if value is None:
             return
         above = value > low if open_below else value >= low
-        finite = math.isfinite(value)
+        finite = -math.inf < value < math.inf
         if not (finite and above and value <= high):
             left = "(" if open_below else "["
             right = "inf)" if high == math.inf else f"{high}]"
