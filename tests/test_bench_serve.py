@@ -119,7 +119,10 @@ def test_a_client_that_was_late_ends_with_exit_code_1(monkeypatch, capsys, tmp_p
         (["--arrivals", "bursts"], "--arrivals is 'bursts'"),
         (["--arrivals", "trace"], "name a file with --trace"),
         (["--trace", "no-such-file"], "no-such-file cannot be read"),
-        (["--json", "no-such-dir/x.json"], "--json no-such-dir/x.json lies in a folder that does not"),
+        (
+            ["--json", "no-such-dir/x.json"],
+            "--json no-such-dir/x.json lies in a folder that does not",
+        ),
         (["--plot", "x.txt"], "--plot is x.txt"),
         (["--model", "gone"], "there is no model 'gone'"),
         (["--api-key", "guess"], "refuses the key"),

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from minipaged.course.lesson import LessonError, find_lesson, find_task, parse_n
 from minipaged.course.narration import Narrated, Story, story
 from minipaged.course.proof import run_on, solution
 from minipaged.course.stubs import mutants, open_task, stub_of
-from minipaged.course.substitution import LessonFinder
+from minipaged.course.substitution import LessonFinder, overlay
 from minipaged.course.testing import pytest_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -225,11 +226,76 @@ def test_a_file_that_is_no_python_is_named(tmp_path):
         assert set(outcome.score(LESSON).values()) <= {0}
 
 
+def test_a_file_that_ends_the_process_when_it_is_imported_is_named(lessons):
+    (lessons / "block_allocator.py").write_text("import os\nos._exit(0)\n")
+    done = run("lesson", "test", "3")
+    assert done.exit_code == 1
+    said = " ".join(done.output.split())
+    assert "ended (exit code 0) and tested nothing" in said
+    assert "look at what block_allocator.py does when it is imported" in said
+
+
 def test_the_finder_answers_for_its_modules_alone(tmp_path):
     finder = LessonFinder({FILE: tmp_path / "block_allocator.py", "cuda/x.cuh": tmp_path / "x"})
     spec = finder.find_spec("minipaged.memory.block_allocator")
     assert Path(spec.origin) == (tmp_path / "block_allocator.py").resolve()
     assert finder.find_spec("minipaged.memory.block_table") is None
+
+
+KERNEL = "cuda/paged_attention_v1.cuh"
+SUBSTITUTE = """
+import sys
+from pathlib import Path
+from minipaged.course.substitution import substitute
+for content in sys.argv[2:]:
+    Path(sys.argv[1]).write_text(content)
+    substitute({"cuda/paged_attention_v1.cuh": Path(sys.argv[1])})
+    from minipaged.attention import build
+    print(build.SOURCES)
+"""
+
+
+def test_kernels_of_one_content_share_a_folder(tmp_path):
+    """Only what is new leaves something behind, however often it is run."""
+    own, folder = tmp_path / "own.cuh", tmp_path / "tmp"
+    folder.mkdir()
+    for new in (2, 0):
+        before = len(list(folder.iterdir()))
+        done = subprocess.run(
+            [sys.executable, "-c", SUBSTITUTE, own, "a", "b", "a"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TMPDIR": str(folder)},
+        )
+        assert done.returncode == 0, done.stderr
+        sources = [Path(line) for line in done.stdout.split()]
+        assert [(s.parent / KERNEL).read_text() for s in sources] == ["a", "b", "a"]
+        assert len(list(folder.iterdir())) == before + new
+
+
+def test_the_folder_of_kernels_is_complete(tmp_path, monkeypatch):
+    """The package's files with the learner's among them, also after somebody cleaned up."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = tmp_path / "own.cuh"
+    own.write_text("mine")
+    expected = {p.relative_to(ROOT): p.read_text() for p in (ROOT / "cuda").rglob("*.*")}
+    expected[Path(KERNEL)] = "mine"
+    for _ in range(2):
+        folder = overlay({KERNEL: own})
+        there = {p.relative_to(folder): p.read_text() for p in folder.rglob("*") if p.is_file()}
+        assert there == expected
+        (folder / KERNEL).unlink()
+        (folder / "cuda/binding.cpp").write_text("not the package's")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_kernels_that_somebody_else_made_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = tmp_path / "own.cuh"
+    own.write_text("mine")
+    os.chown(overlay({KERNEL: own}), 12345, -1)
+    with pytest.raises(LessonError, match=r"belongs to another user; remove it, or set TMPDIR"):
+        overlay({KERNEL: own})
 
 
 def test_the_engine_runs_on_the_learners_module(lessons):

@@ -17,15 +17,17 @@ import pytest
 import torch
 from command import minipaged
 from safetensors.torch import load_file, save_file
+from servers import RunningServer, exchange
 
 from minipaged.distributed import communication, launch
 from minipaged.distributed.place import place_of
-from minipaged.engine.builder import EngineOptions, is_parallel
+from minipaged.engine.builder import EngineOptions, is_parallel, load_engine
 from minipaged.engine.llm import LLM
 from minipaged.errors import ConfigurationError, MinipagedError, RankDiedError
 from minipaged.models.loader import TINY
 from minipaged.models.shard import Shard
 from minipaged.request.sampling_params import SamplingParams
+from minipaged.serving.async_engine import RANKS_CHECKED_EVERY
 
 ENVIRONMENT = {**os.environ, **command.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 OPTIONS = {"dtype": "float64", "num_blocks": 14, "block_size": 4, "preemption": "swap"}
@@ -166,6 +168,20 @@ def test_a_rank_that_dies_is_named(phase, monkeypatch):
         texts(llm)
     assert f"rank 1 (process {started[0]} on {socket.gethostname()})" in str(caught.value)
     wait_until_gone(started)
+
+
+def test_a_server_with_nothing_to_do_ends_when_a_rank_dies(caplog):
+    engine = load_engine(TINY, EngineOptions(tensor_parallel_size=2, **OPTIONS))
+    (peer,) = engine.runner.ranks.lifeline.arguments
+    server = RunningServer(engine)
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    time.sleep(2 * RANKS_CHECKED_EVERY)
+    assert exchange(server.port, health)[0] == 200
+    os.kill(peer.pid, signal.SIGKILL)
+    server._thread.join(GONE)
+    assert not server._thread.is_alive(), "it goes on without a rank"
+    assert server.server.has_failed
+    assert f"the engine failed: {peer} died" in caplog.text
 
 
 def test_rank_0_does_not_wait_for_ever_for_what_nobody_sends(monkeypatch):

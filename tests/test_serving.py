@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import time
+from itertools import accumulate
 
 import openai
 import pytest
@@ -82,6 +83,10 @@ CASES = {
     "logprobs": {"logprobs": 4, "seed": 6, "max_tokens": 7},
     "samples with logprobs": {"logprobs": 0, "n": 2, "seed": 7, "max_tokens": 7},
     "stop": {"stop": ["e ", "\n"], "seed": 8, "max_tokens": 60, "ignore_eos": True},
+    "stop with logprobs": {
+        **{"stop": ["worlds and", "\n\n"], "logprobs": 2, "seed": 8, "max_tokens": 60},
+        "ignore_eos": True,
+    },
     "one stop": {"stop": "th", "seed": 8, "max_tokens": 60, "include_stop_str_in_output": True},
     "penalties": {
         **{"presence_penalty": 0.5, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
@@ -131,7 +136,7 @@ def check_usage(usage, expected):
 def check_logprobs(got, output, tokenizer, num_likeliest):
     tokens = [tokenizer.decode([i], skip_special_tokens=False) for i in output.token_ids]
     assert got.tokens == tokens
-    assert got.text_offset[0] == 0
+    assert got.text_offset == [0, *accumulate(map(len, tokens[:-1]))]
     own = [of_step[i].logprob for of_step, i in zip(output.logprobs, output.token_ids, strict=True)]
     assert got.token_logprobs == pytest.approx(own, abs=1e-9)
     for top, of_step in zip(got.top_logprobs, output.logprobs, strict=True):
@@ -183,6 +188,7 @@ def test_a_stream_put_together_is_the_whole_answer(client, offline, name):
                 logprobs.tokens += piece.logprobs.tokens
                 logprobs.token_logprobs += piece.logprobs.token_logprobs
                 logprobs.top_logprobs += piece.logprobs.top_logprobs
+                logprobs.text_offset += piece.logprobs.text_offset
             check_logprobs(logprobs, output, offline.engine.tokenizer, params["logprobs"])
     assert all(event.usage is None for event in events)
 
@@ -247,6 +253,20 @@ def test_chats_are_those_of_the_offline_engine(client, offline):
         assert deltas[-1].finish_reason == "length"
         told = [t for delta in deltas if delta.logprobs for t in delta.logprobs.content]
         assert len(told) == 9
+
+
+@pytest.mark.parametrize("as_parts", [False, True], ids=["text", "parts"])
+def test_a_message_of_half_a_character_is_refused_and_an_empty_one_is_not(server, as_parts):
+    def say(text):
+        content = [{"type": "text", "text": text}] if as_parts else text
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+        status, _, answer = exchange(server.port, post("/v1/chat/completions", body))
+        return status, json.loads(answer)
+
+    status, answer = say("hi \ud800")
+    assert status == 400
+    assert "messages" in answer["error"]["message"]
+    assert say("")[0] == say("\U0001f600")[0] == 200
 
 
 def test_a_chat_without_a_limit_goes_on_to_the_end_of_the_context(client, server):

@@ -875,7 +875,16 @@ def test_an_engine_that_has_failed_is_left_alone():
     story.begin("a step fails; in the middle of it A was aborted, and somebody asked something")
     engine = small_engine()
     held, aborted = Held(engine), []
-    engine.abort = aborted.append
+    step, abort = engine.step, engine.abort
+
+    def watched_step():
+        engine.abort = abort  # when a step fails, the engine itself ends what it had
+        try:
+            return step()
+        finally:
+            engine.abort = aborted.append
+
+    engine.step = watched_step
 
     async def scene(served):
         try:

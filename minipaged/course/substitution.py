@@ -7,11 +7,12 @@ CUDA file the kernels are compiled from a copy of cuda/ that has the learner's f
 
 from __future__ import annotations
 
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
-import shutil
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -72,14 +73,39 @@ def substitute(files: Files) -> None:
     sys.meta_path.insert(0, LessonFinder(files))
     kernels = {file: path for file, path in files.items() if file.startswith("cuda/")}
     if kernels:
-        # A folder of that content: compiled kernels are found again by what is in it.
-        overlay = Path(tempfile.mkdtemp(prefix="minipaged-cuda-"))
-        shutil.copytree(ROOT / "cuda", overlay / "cuda")
-        for file, path in kernels.items():
-            shutil.copy(path, overlay / file)
         from minipaged.attention import build
 
-        build.SOURCES = overlay / "cuda"
+        build.SOURCES = overlay(kernels) / "cuda"
+
+
+def overlay(kernels: Files) -> Path:
+    """A folder with a copy of cuda/ that has these files in it.
+
+    It is named after its content and stays, so that all processes with that content share it.
+    What somebody removed of it is put back.  LessonError if it is another user's, who could
+    change what is compiled.
+    """
+    whole = {str(p.relative_to(ROOT)): p for p in (ROOT / "cuda").rglob("*") if p.is_file()}
+    contents = {file: path.read_bytes() for file, path in sorted({**whole, **kernels}.items())}
+    digest = hashlib.blake2b(digest_size=8)
+    for file, content in contents.items():
+        digest.update(f"{file} {len(content)} ".encode() + content)
+    name = f"minipaged-cuda-{os.getuid()}-{digest.hexdigest()}"
+    folder = Path(tempfile.gettempdir()) / name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise LessonError(
+            f"{folder} belongs to another user; remove it, or set TMPDIR to a folder of your own"
+        )
+    for file, content in contents.items():
+        place = folder / file
+        if not place.exists() or place.read_bytes() != content:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # Whole at once, for another process may be reading it.
+            filled = place.with_name(f"{place.name}.{os.getpid()}")
+            filled.write_bytes(content)
+            filled.replace(place)
+    return folder
 
 
 def substituted() -> dict[str, Path]:

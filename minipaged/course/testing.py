@@ -93,6 +93,12 @@ def run_tests(lesson: Lesson, task: str | None = None, *options: str) -> TestOut
         if not report.exists():
             if code == 4:  # it has said why
                 raise LessonError(f"lesson {lesson.number} could not be tested")
+            how = f"came to no end in {seconds} s" if code is None else f"ended (exit code {code})"
+            files = " and ".join(Path(file).name for file in lesson.files)
+            print(
+                f"\nThe process that tests {how} and tested nothing; "
+                f"look at what {files} does when it is imported"
+            )
             return TestOutcome({}, ended=False)
         outcome = TestOutcome(**json.loads(report.read_text("utf-8")))
     if not outcome.ended:

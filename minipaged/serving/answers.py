@@ -44,7 +44,6 @@ class Piece:
     def __init__(self, index: int, output: CompletionOutput, num_chars: int, num_tokens: int):
         self.index = index
         self.text = output.text[num_chars:]
-        self.num_chars = num_chars
         self.token_ids = output.token_ids[num_tokens:]
         self.logprobs = None if output.logprobs is None else output.logprobs[num_tokens:]
         self.finish_reason = output.finish_reason
@@ -103,6 +102,7 @@ class CompletionAnswer:
     def __init__(self, answer_id: str, model: str, n: int, tokenizer: Tokenizer | None) -> None:
         self.id, self.model, self.n, self.tokenizer = answer_id, model, n, tokenizer
         self.created = int(time.time())
+        self._offsets: dict[int, int] = {}  # of each output, where the tokens told so far end
 
     def whole(self, outputs: list[RequestOutput]) -> protocol.Completion:
         return self._event(
@@ -137,10 +137,12 @@ class CompletionAnswer:
         if piece.logprobs is None:
             return None
         tokens = [token_text(self.tokenizer, token_id) for token_id in piece.token_ids]
-        offsets, offset = [], piece.num_chars
+        # Not the length of the text told so far: held back, it may come later than its tokens.
+        offsets, offset = [], self._offsets.get(piece.index, 0)
         for text in tokens:
             offsets.append(offset)
             offset += len(text)
+        self._offsets[piece.index] = offset
         return protocol.CompletionLogprobs(
             tokens=tokens,
             token_logprobs=[

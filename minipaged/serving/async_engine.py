@@ -32,6 +32,7 @@ logger = logging.getLogger("minipaged")
 Answer = TypeVar("Answer")
 Observer = Callable[[Stream, RequestOutput, float], None]
 LONGEST_RETRY_AFTER = 60  # seconds
+RANKS_CHECKED_EVERY = 1.0  # seconds
 
 
 class QueueFullError(MinipagedError):
@@ -87,6 +88,9 @@ class AsyncEngine:
         self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        self._ranks = getattr(engine.runner, "ranks", None)  # of a model on several
+        if self._ranks is not None:
+            self._look_after_ranks()
 
     @property
     def is_serving(self) -> bool:
@@ -230,6 +234,11 @@ class AsyncEngine:
             self._has_work.notify()
         return True
 
+    def _look_after_ranks(self) -> None:
+        """From now on see that all ranks live: an engine with nothing to do would not notice."""
+        if self._leave(self._check_ranks):
+            self._loop.call_later(RANKS_CHECKED_EVERY, self._look_after_ranks)
+
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
@@ -283,3 +292,8 @@ class AsyncEngine:
             self._send([output])
         else:  # it has ended before, or was never accepted
             self._loop.call_soon_threadsafe(self._forget, [request_id])
+
+    def _check_ranks(self) -> None:
+        """Fail as a step does, if a rank is gone."""
+        if self._ranks is not None and not self._has_failed:
+            self._ranks.check()

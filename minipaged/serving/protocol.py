@@ -73,7 +73,7 @@ class GenerationRequest(_Fields):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: (
         StopString
@@ -86,7 +86,7 @@ class GenerationRequest(_Fields):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     ignore_eos: bool = False
     use_beam_search: bool = False
-    length_penalty: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
     early_stopping: bool | Literal["never"] = False
     priority: Annotated[int, Field(ge=0, lt=2**31)] = 0
     stream: bool = False
@@ -152,18 +152,23 @@ class CompletionRequest(GenerationRequest):
         return self.prompt  # type: ignore[return-value]
 
 
+# All texts meet this constraint, but with it half a character ("\ud800"), which no tokenizer
+# takes, is refused; a plain str lets it through.
+Content = Annotated[str, StringConstraints(min_length=0)]
+
+
 class TextPart(_Fields):
     """A piece of a message; of the kinds there are, text is the one that is known here."""
 
     type: Literal["text"]
-    text: str
+    text: Content
 
 
 class Message(_Fields):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Content | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:

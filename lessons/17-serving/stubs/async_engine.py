@@ -32,6 +32,7 @@ logger = logging.getLogger("minipaged")
 Answer = TypeVar("Answer")
 Observer = Callable[[Stream, RequestOutput, float], None]
 LONGEST_RETRY_AFTER = 60  # seconds
+RANKS_CHECKED_EVERY = 1.0  # seconds
 
 
 class QueueFullError(MinipagedError):
@@ -87,6 +88,9 @@ class AsyncEngine:
         self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        self._ranks = getattr(engine.runner, "ranks", None)  # of a model on several
+        if self._ranks is not None:
+            self._look_after_ranks()
 
     @property
     def is_serving(self) -> bool:
@@ -212,6 +216,11 @@ class AsyncEngine:
         """Let the thread make a call between two steps; False if it makes none any more."""
         raise NotImplementedError("Task 17.2: AsyncEngine._leave is still to be written")
 
+    def _look_after_ranks(self) -> None:
+        """From now on see that all ranks live: an engine with nothing to do would not notice."""
+        if self._leave(self._check_ranks):
+            self._loop.call_later(RANKS_CHECKED_EVERY, self._look_after_ranks)
+
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
@@ -231,3 +240,8 @@ class AsyncEngine:
 
     def _end(self, request_id: RequestId) -> None:
         raise NotImplementedError("Task 17.3: AsyncEngine._end is still to be written")
+
+    def _check_ranks(self) -> None:
+        """Fail as a step does, if a rank is gone."""
+        if self._ranks is not None and not self._has_failed:
+            self._ranks.check()
