@@ -14,6 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from minipaged.cli import app
+from minipaged.course.bundle import write_autograder
+from minipaged.course.grading import Grader
 from minipaged.course.lesson import LessonError, find_lesson, find_task, parse_numbers, read_lesson
 from minipaged.course.narration import Narrated, Story, story
 from minipaged.course.proof import run_on, solution
@@ -366,3 +368,23 @@ def test_notebooks_have_no_outputs_and_stable_ids():
         assert ids == [f"cell-{i}" for i in range(len(ids))], path
         for cell in notebook["cells"]:
             assert not cell.get("outputs"), path
+
+
+@pytest.mark.parametrize(
+    ("text", "share", "message"),
+    [
+        (None, 0.5, r"has no test_\*.py"),
+        ("def test_it(): assert False", 0.5, "would count for nothing"),
+        ('@pytest.mark.task("3.9")\ndef test_it(): assert False', 0.5, "would count for nothing"),
+        ('@pytest.mark.task("3.1")\ndef test_it(): assert False', 2.0, "hidden_share is 2.0"),
+    ],
+)
+def test_hidden_tests_that_would_count_for_nothing(tmp_path, text, share, message):
+    if text is not None:
+        (tmp_path / "test_hidden.py").write_text(text)
+    folder = tmp_path / "autograder"
+    with pytest.raises(LessonError, match=message):
+        write_autograder([find_lesson(3)], folder, tmp_path, share)
+    assert not folder.exists(), "what is wrong is said before anything is written"
+    with pytest.raises(LessonError, match=message):
+        Grader([find_lesson(3)], tmp_path, share)

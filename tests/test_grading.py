@@ -10,15 +10,18 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import pytest
+from hypothesis import settings
 
+from minipaged.cli.course import found_submissions
 from minipaged.course.bundle import write_autograder, write_bundle
 from minipaged.course.grading import Grader, Limits, grade_all
-from minipaged.course.lesson import ROOT, LessonError, find_lesson
+from minipaged.course.lesson import ROOT, LessonError, all_lessons, find_lesson
 from minipaged.course.reports import gradescope_results, summary, write_csv
-from minipaged.course.stubs import mutants, plant, stub_of
+from minipaged.course.stubs import mutants, plant, stub_of, write_solution
 from minipaged.course.submission import Submission, suspicious
 
 FILE = "minipaged/memory/block_allocator.py"
@@ -67,6 +70,50 @@ def test_the_reference_has_all_points(grader, tmp_path):
     assert points(grade) == {"3.1": 20, "3.2": 20, "3.3": 20, "3.4": 40}
     assert grade.total == 100
     assert grade.notes == []
+
+
+THOROUGH = settings.default == settings.get_profile("thorough")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", range(1, 19) if THOROUGH else [1, 4, 15, 18])
+def test_the_reference_of_a_lesson_has_all_points(tmp_path, number):
+    """Those whose files import and define most; the thorough profile grades them all."""
+    lesson = find_lesson(number)
+    write_solution(lesson, tmp_path)
+    with Grader([lesson], seed=7) as grader:
+        grade = grader.grade(tmp_path)
+    assert points(grade) == {task.number: task.points for task in lesson.tasks}, grade.notes
+    assert grade.notes == []
+
+
+def test_the_tests_of_lesson_12_have_the_address_space_that_they_map():
+    assert Limits().memory > 16 << 30
+
+
+def test_what_python_does_for_honest_code_is_allowed(grader, tmp_path):
+    text = REFERENCE.replace(
+        "from __future__ import annotations\n",
+        """from __future__ import annotations
+import abc, collections.abc, dataclasses, functools, statistics, typing, wave
+import minipaged.evaluation
+class Pair(typing.NamedTuple):
+    "Two."
+    a: int = 1
+    b: int = 2
+class Base(abc.ABC):
+    @abc.abstractmethod
+    @functools.wraps(len)
+    def f(self): ...
+@dataclasses.dataclass(frozen=True, slots=True)
+class Point(Base):
+    x: int = 0
+    def f(self): ...
+""",
+    )
+    assert text != REFERENCE
+    assert grader.grade(submission(tmp_path / "anna", text)).total == 100
 
 
 def test_the_stub_has_none_and_is_told_why(grader, tmp_path):
@@ -242,6 +289,67 @@ for name in ("allocate", "free", "share", "check_integrity", "check_available", 
 }
 
 
+# What each event would do for a learner who hides it behind an import, or behind a library.
+HIDDEN_EVENTS = {
+    "open": f"""
+import sys
+sys.path.insert(0, {str(ROOT / "minipaged/memory")!r})
+sys.path_importer_cache.clear()
+from importlib.machinery import SourceFileLoader
+SourceFileLoader("other", {str(ROOT / FILE)!r}).load_module()
+""",
+    "subprocess.Popen": """
+import importlib.util, subprocess
+if __name__ == "again":
+    subprocess.run(["true"])
+spec = importlib.util.spec_from_file_location("again", __file__)
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+""",
+    "os.system": """
+import importlib._bootstrap, os
+importlib._bootstrap._call_with_frames_removed(os.system, "true")
+""",
+    "object.__setattr__": """
+import functools, json
+functools.update_wrapper(json.dumps, lambda *_: None, assigned=("__code__",), updated=())
+""",
+    "marshal.loads": """
+import marshal
+marshal.loads(b"N")
+""",
+    "os.listdir": """
+import os
+os.listdir("graded")
+""",
+    "os.mkdir": """
+import os, sys
+class Name:
+    def __repr__(self):
+        os.mkdir("loot")
+        return "a name"
+sys.audit("os.system", Name())
+""",
+}
+
+
+@pytest.mark.parametrize("event", HIDDEN_EVENTS)
+def test_what_is_hidden_behind_an_import_is_refused(grader, tmp_path, event):
+    grade = grader.grade(submission(tmp_path / "mallory", f"{REFERENCE}\n{HIDDEN_EVENTS[event]}"))
+    assert grade.total == 0, "it would have had all"
+    assert f"learner code may not {event} " in grade.tasks[0].feedback
+
+
+def test_the_reference_cannot_be_imported_from_its_folder(grader, tmp_path):
+    text = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "minipaged/memory")!r})
+from block_allocator import *
+"""
+    grade = grader.grade(submission(tmp_path / "mallory", text))
+    assert grade.total == 0
+    assert "No module named 'block_allocator'" in grade.tasks[0].feedback
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_earns_nothing(grader, tmp_path, name):
     grade = grader.grade(submission(tmp_path / "mallory", f"{STUB}\n{ATTACKS[name]}"))
@@ -261,7 +369,7 @@ def test_an_attack_is_refused_at_the_door(tmp_path, name):
     assert "which no solution needs" in said or "a solution needs no more" in said
 
 
-@pytest.mark.parametrize("lesson", [LESSON], ids=lambda lesson: lesson.name)
+@pytest.mark.parametrize("lesson", all_lessons(), ids=lambda lesson: lesson.name)
 def test_solutions_are_not_refused(tmp_path, lesson):
     for change in (None, *mutants(lesson)[1].values()):
         for file in lesson.files:
@@ -269,6 +377,28 @@ def test_solutions_are_not_refused(tmp_path, lesson):
             text = plant(text, change) if change and change["file"] == file else text
             folder = submission(tmp_path, text, file.rpartition("/")[2])
             assert suspicious(folder / file.rpartition("/")[2], stub_of(lesson, file)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("\ufeffx = 1", False),
+        ("from collections.abc import Iterator", False),
+        ("import collections.abc", False),
+        ("def f(p, name): return getattr(p, name, 0)", False),
+        ("x = getattr(1, '_ended', None)", False),
+        ("x = getattr(f, '__globals__')", True),
+        ("name = '__globals__'; x = getattr(f, name)", True),
+        ("x = getattr(f, '__glo' + 'bals__')", True),
+        ("x = getattr(*pair)", True),
+        ("reach = getattr; x = reach(f, name)", True),
+        ("import operator; x = operator.attrgetter('a.__globals__')(f)", True),
+    ],
+)
+def test_what_the_door_lets_in(tmp_path, text, refused):
+    path = tmp_path / "block_allocator.py"
+    path.write_text(text, "utf-8")
+    assert (suspicious(path, STUB) is not None) == refused
 
 
 def test_other_files_of_a_submission_are_left_where_they_are(grader, tmp_path):
@@ -298,6 +428,83 @@ def test_zips_and_folders_in_any_shape(tmp_path):
     (tmp_path / "sam.zip").write_bytes(b"no zip at all")
     assert "cannot be read" in Submission(tmp_path / "sam.zip").problem
     assert Submission(tmp_path / "sam.zip").find(LESSON, FILE) is None
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_file_of_two_lessons_is_the_learners_and_not_the_emptied_one(tmp_path, order):
+    entries = [
+        ("lessons/04-block-table/block_table.py", "written"),
+        ("lessons/04-block-table/stubs/block_table.py", "emptied"),
+        ("lessons/08-fork-and-copy-on-write/stubs/block_table.py", "emptied"),
+        ("minipaged/memory/block_table.py", "emptied"),
+    ]
+    for top in ("", "minipaged/"):  # one may call one's own folder so
+        path = tmp_path / f"{top.strip('/') or 'plain'}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in entries[::order]:
+                archive.writestr(top + name, text)
+        for number in (4, 8):
+            found = Submission(path).find(find_lesson(number), "minipaged/memory/block_table.py")
+            assert found == b"written"
+
+
+def test_what_is_only_in_the_package_is_found(tmp_path):
+    (tmp_path / "minipaged" / "memory").mkdir(parents=True)
+    (tmp_path / FILE).write_text(REFERENCE)
+    assert Submission(tmp_path).find(LESSON, FILE) == REFERENCE.encode()
+
+
+def test_of_a_zip_only_the_graded_files_are_unpacked(tmp_path):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(200):
+            archive.writestr(f"{i}.py", b" " * 499_000)
+        archive.writestr("block_allocator.py", REFERENCE)
+    tracemalloc.start()
+    try:
+        assert Submission(path).find(LESSON, FILE) == REFERENCE.encode()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 10 << 20, f"{most} bytes for a zip of {path.stat().st_size}"
+
+
+def test_a_damaged_zip_is_a_problem_of_its_own(tmp_path):
+    path = tmp_path / "tom.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("block_allocator.py", REFERENCE)
+    data = bytearray(path.read_bytes())
+    data[60:400] = b"\xff" * 340
+    path.write_bytes(data)
+    tom = Submission(path)
+    assert tom.find(LESSON, FILE) is None
+    assert "tom.zip cannot be read" in tom.problem
+
+
+def test_a_name_that_is_not_utf8_stops_nobody(grader, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/m\xfcller")
+    os.mkdir(folder)
+    path = submission(type(tmp_path)(folder), STUB + "\nraise ValueError('\\ud800')")
+    (grade,) = grade_all(grader, [path])
+    assert grade.name == "m?ller"
+    write_csv(tmp_path / "points.csv", [grade])
+    summary([grade], grader.names).encode()
+    grade.tasks[0].feedback.encode()
+
+
+def test_a_stray_file_does_not_make_one_submission_of_a_class(tmp_path, capsys):
+    for name in ("anna", "bob"):
+        submission(tmp_path / name, REFERENCE)
+    for name in ("cleo.ZIP", "points.csv", "Thumbs.db", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    found = found_submissions([tmp_path])
+    assert [path.name for path in found] == ["anna", "bob", "cleo.ZIP"]
+    assert "Thumbs.db, points.csv" in capsys.readouterr().out
+    assert Submission(tmp_path / "cleo.ZIP").name == "cleo"
+    assert found_submissions([tmp_path / "cleo.ZIP"]) == [tmp_path / "cleo.ZIP"]
+    assert found_submissions([tmp_path / "anna"]) == [tmp_path / "anna"]
+    (tmp_path / "lessons").mkdir()
+    assert found_submissions([tmp_path]) == [tmp_path]
 
 
 def test_a_class_side_by_side(grader, tmp_path):

@@ -166,19 +166,26 @@ def grade(
 
 
 def found_submissions(paths: list[Path]) -> list[Path]:
-    """Each path by itself; of a folder that has only folders and zips in it, each of those."""
+    """Each path by itself; of one folder that is not a learner's own, the folders and zips in it.
+
+    A learner's own has source files or the folder of lessons in it.
+    """
     from minipaged.course.lesson import LessonError
+    from minipaged.course.submission import is_zip, printable
 
     if missing := [path for path in paths if not path.exists()]:
         raise LessonError(f"there is no submission {missing[0]}")
     for path in paths:
-        if path.is_file() and path.suffix != ".zip":
+        if path.is_file() and not is_zip(path):
             raise LessonError(
                 f"{path} is a file; put the files of each student in a folder or a zip of their own"
             )
     if len(paths) == 1 and paths[0].is_dir():
         inside = sorted(path for path in paths[0].iterdir() if not path.name.startswith("."))
-        submissions = all(path.is_dir() or path.suffix == ".zip" for path in inside)
-        if inside and submissions and not any(path.name == "lessons" for path in inside):
-            return inside
+        own = any(path.suffix in (".py", ".cuh") or path.name == "lessons" for path in inside)
+        found = [path for path in inside if path.is_dir() or is_zip(path)]
+        if found and not own:
+            if others := [printable(path.name) for path in inside if path not in found]:
+                print(f"passed over, being neither folders nor zips: {', '.join(others)}")
+            return found
     return paths

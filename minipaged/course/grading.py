@@ -29,7 +29,7 @@ from typing import Any
 
 from minipaged.course.bundle import CONFIGURATION, TASK_MARK, check_hidden, write_bundle
 from minipaged.course.lesson import ROOT, Lesson, LessonError, Task
-from minipaged.course.submission import Submission, suspicious
+from minipaged.course.submission import Submission, name_of, printable, suspicious
 from minipaged.course.testing import LEAN
 
 NOBODY = 65534
@@ -51,12 +51,12 @@ class Limits:
 
     seconds: of a task's tests together, at most; a task may name less for itself.
     total: seconds of the whole process.
-    memory: bytes.
+    memory: bytes of address space, not of RAM: the tests of lesson 12 map 16 GiB, and touch few.
     """
 
     seconds: int = 20
     total: int = 300
-    memory: int = 8 << 30
+    memory: int = 32 << 30
 
 
 @dataclass
@@ -418,10 +418,11 @@ def _outcomes(messages: list[dict[str, Any]]) -> tuple[dict[str, str | None], st
     results: dict[str, str | None] = {}
     broken, ended = "", False
     for message in messages:
-        broken = broken or str(message.get("broken", ""))
+        broken = broken or printable(str(message.get("broken", "")))
         if "case" in message:
-            case = str(message["case"]).rpartition("/")[2]
-            error = None if message["passed"] is True else str(message["text"]) or "failed"
+            case = printable(str(message["case"]).rpartition("/")[2])
+            text = printable(str(message["text"]))
+            error = None if message["passed"] is True else text or "failed"
             # A case that failed once has failed, whatever is said of it later.
             results[case] = results.get(case) or error
         ended = ended or "ended" in message
@@ -454,7 +455,7 @@ def grade_all(grader: Grader, paths: Sequence[Path], jobs: int = 2) -> Iterator[
         try:
             return grader.grade(path)
         except Exception as error:  # nobody else's grade may be lost
-            grade = grader.blank(path.stem)
+            grade = grader.blank(name_of(path))
             grade.notes.append(f"could not be graded: {error!r}")
             return grade
 

@@ -24,13 +24,18 @@ FORBIDDEN = _words(
     """
     os.system os.exec os.fork os.forkpty os.posix_spawn os.spawn os.startfile os.kill os.killpg
     os.remove os.rename os.rmdir os.mkdir os.chmod os.chown os.link os.symlink os.truncate
-    os.listdir os.scandir os.putenv os.unsetenv shutil. subprocess. socket. ctypes. pty. mmap.
-    signal. sys.settrace sys.setprofile sys.monitoring sys.addaudithook gc.get_ marshal.
-    _thread.start_new_thread code.__new__ object.__setattr__ object.__delattr__
+    os.scandir os.putenv os.unsetenv shutil. subprocess. socket. ctypes. pty. mmap. signal.
+    sys.settrace sys.setprofile sys.monitoring sys.addaudithook gc.get_ marshal.dumps marshal.load
+    _thread.start_new_thread code.__new__ object.__delattr__
     """
 )
-# Of these only the learner's own calls are meant, not those of what is called.
-FORBIDDEN_DIRECTLY = frozenset(("exec", "compile", "sys._getframe", "sys._current_frames"))
+# Of these only the learner's own calls are meant, not those of what is called: an import loads
+# code with marshal, and `class X(NamedTuple)` sets what else only tampering sets.
+FORBIDDEN_DIRECTLY = frozenset(
+    _words("exec compile sys._getframe sys._current_frames marshal.loads object.__setattr__")
+)
+# Of an object, by anybody on the learner's behalf: no import sets these.
+FORBIDDEN_TO_SET = frozenset(("__code__", "__class__"))
 
 
 def forbid(own: Path, readable: list[str]) -> None:
@@ -43,12 +48,16 @@ def forbid(own: Path, readable: list[str]) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal looking
-        if looking:
+        if looking and event == "sys._getframe":
             return
-        looking = True
+        before, looking = looking, True
         try:
             if event == "open":
                 suspect = not _may_open(arguments, readable)
+            elif event == "os.listdir":  # an import looks for modules
+                suspect = not _is_readable(arguments[0], readable)
+            elif event == "object.__setattr__" and str(arguments[1]) in FORBIDDEN_TO_SET:
+                suspect = True
             elif event in FORBIDDEN_DIRECTLY:
                 suspect = _is_own(sys._getframe(1), home)
             else:
@@ -56,7 +65,7 @@ def forbid(own: Path, readable: list[str]) -> None:
             if suspect and _is_called_by(sys._getframe(1), home):
                 raise PermissionError(f"learner code may not {event} {arguments[:1]}")
         finally:
-            looking = False
+            looking = before
 
     sys.addaudithook(hook)
 
@@ -68,8 +77,17 @@ def _may_open(arguments: tuple[Any, ...], readable: list[str]) -> bool:
         return True
     writes = isinstance(mode, str) and bool(set(mode) & set("wax+"))
     # Linux keeps what Python and numpy ask of the machine in /proc and /sys.
-    folders = (*readable, "/proc/", "/sys/", "/usr/", "/lib")
-    return not writes and os.path.realpath(os.fsdecode(name)).startswith(folders)
+    return not writes and _is_readable(name, [*readable, "/proc/", "/sys/", "/usr/", "/lib"])
+
+
+def _is_readable(name: Any, folders: list[str]) -> bool:
+    """Whether a path is one of these folders or in it.
+
+    Of a class of the learner's own, it could say here one thing and to Python another.
+    """
+    if type(name) not in (str, bytes):
+        return False
+    return (os.path.realpath(os.fsdecode(name)) + "/").startswith(tuple(folders))
 
 
 def _is_called_by(frame: Any, home: str) -> bool:

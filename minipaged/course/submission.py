@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -20,8 +21,8 @@ def _words(text: str) -> frozenset[str]:
 
 MOST_BYTES = 500_000
 SAFE_MODULES = _words(
-    "__future__ abc array bisect collections contextlib copy dataclasses enum functools heapq "
-    "itertools math numbers operator random statistics string textwrap time typing"
+    "__future__ abc array bisect collections collections.abc contextlib copy dataclasses enum "
+    "functools heapq itertools math numbers operator random statistics string textwrap time typing"
 )
 FORBIDDEN_NAMES = _words(
     "__import__ __builtins__ breakpoint compile delattr eval exec exit globals input locals open "
@@ -35,44 +36,88 @@ FORBIDDEN_ATTRIBUTES = _words(
 )
 
 
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+def printable(text: str) -> str:
+    """The text with "?" for what cannot be written in UTF-8, as may be in names of files."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def is_zip(path: Path) -> bool:
+    """Whether it is called like one."""
+    return path.suffix.lower() == ".zip"
+
+
+def name_of(path: Path) -> str:
+    """Whose submission it is."""
+    return printable(path.stem if is_zip(path) else path.name)
+
+
 class Submission:
-    """A folder or a zip with a learner's files somewhere in it."""
+    """A folder or a zip with a learner's files somewhere in it.
+
+    Only those that are asked for are read: a small zip may hold very much.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.name = path.stem if path.suffix == ".zip" else path.name
+        self.name = name_of(path)
         self.problem = ""
-        self._files: dict[PurePosixPath, bytes] = {}
+        self._files: dict[PurePosixPath, Path | zipfile.ZipInfo] = {}
         try:
-            self._files = dict(self._read())
-        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            self.problem = f"{path.name} cannot be read: {error}"
+            self._files = dict(self._list())
+        except UNREADABLE as error:
+            self._note(error)
 
-    def _read(self) -> Iterator[tuple[PurePosixPath, bytes]]:
+    def _note(self, error: Exception) -> None:
+        self.problem = printable(f"{self.path.name} cannot be read: {error}")
+
+    def _list(self) -> Iterator[tuple[PurePosixPath, Path | zipfile.ZipInfo]]:
         """Source files, neither links nor large ones."""
         if self.path.is_dir():
             for path in sorted(self.path.rglob("*")):
                 wanted = path.suffix in (".py", ".cuh") and not path.is_symlink()
                 if wanted and path.is_file() and path.stat().st_size <= MOST_BYTES:
-                    yield PurePosixPath(path.relative_to(self.path).as_posix()), path.read_bytes()
+                    yield PurePosixPath(path.relative_to(self.path).as_posix()), path
             return
         with zipfile.ZipFile(self.path) as archive:
             for entry in archive.infolist():
                 name = PurePosixPath(entry.filename)
                 wanted = name.suffix in (".py", ".cuh") and "__MACOSX" not in name.parts
                 if wanted and entry.file_size <= MOST_BYTES:
-                    yield name, archive.read(entry)
+                    yield name, entry
+
+    def _read(self, place: PurePosixPath) -> bytes | None:
+        """What is in a file; None, and a problem, if it is damaged."""
+        entry = self._files[place]
+        try:
+            if isinstance(entry, Path):
+                return entry.read_bytes()
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise zipfile.BadZipFile(f"{place} is packed in a rare way; make a plain zip")
+            with zipfile.ZipFile(self.path) as archive, archive.open(entry) as file:
+                return file.read(MOST_BYTES)  # whatever its header says
+        except UNREADABLE as error:
+            self._note(error)
+            return None
 
     def find(self, lesson: Lesson, file: str) -> bytes | None:
-        """The learner's version of a file: the one in the lesson's folder, or else the only one."""
+        """The learner's version of a file, or None.
+
+        It is looked for in the lesson's folder, in those of other lessons, for two may share it,
+        outside of the package, which in an assignment is emptied, and only then anywhere.
+        """
         name = PurePosixPath(file).name
         found = [path for path in self._files if path.name == name and "stubs" not in path.parts]
+        found.sort(key=lambda path: (len(path.parts), path))
         inside = [path for path in found if lesson.name in path.parts]
-        for choice in (inside, found):
-            if len(choice) == 1:
-                return self._files[choice[0]]
-        shallow = sorted(inside or found, key=lambda path: len(path.parts))
-        return self._files[shallow[0]] if shallow else None
+        taught = [path for path in found if "lessons" in path.parts]
+        apart = [path for path in found if not {"minipaged", "cuda"} & set(path.parts)]
+        for choice in (inside, taught, apart, found):
+            if choice:
+                return self._read(choice[0])
+        return None
 
     def unpack(self, lessons: Sequence[Lesson], folder: Path) -> dict[str, str]:
         """Write the graded files into a folder per lesson; returns what is wrong, by file."""
@@ -97,7 +142,7 @@ def suspicious(path: Path, stub: str, allowed: Sequence[str] = ()) -> str | None
     allowed: modules that may be imported besides.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # some editors put a mark at the beginning
     except UnicodeDecodeError as error:
         return f"{path.name} is not text in UTF-8: {error}"
     if path.suffix != ".py":
@@ -121,8 +166,13 @@ def suspicious(path: Path, stub: str, allowed: Sequence[str] = ()) -> str | None
 
 
 def _features(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """Imported modules, and names that reach beyond what a module is for."""
-    for node in ast.walk(tree):
+    """Imported modules, and names that reach beyond what a module is for.
+
+    getattr may be called with a name that is written there or has one; as no text may name what
+    is forbidden, it then reaches no further than an attribute.
+    """
+    plain = set()  # uses of getattr that are
+    for node in ast.walk(tree):  # a call comes before what it calls
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield "module", alias.name
@@ -135,8 +185,15 @@ def _features(tree: ast.AST) -> Iterator[tuple[str, str]]:
                     yield "module", f"{module}.{alias.name}"
         elif isinstance(node, ast.Name) and node.id in FORBIDDEN_NAMES:
             yield "name", node.id
-        elif isinstance(node, ast.Name) and node.id == "getattr":
+        elif isinstance(node, ast.Call) and len(node.args) >= 2:
+            if isinstance(node.args[1], (ast.Name, ast.Constant)):
+                plain.add(node.func)
+        elif isinstance(node, ast.Name) and node.id == "getattr" and node not in plain:
             yield "name", "getattr"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for part in node.value.split("."):
+                if part in FORBIDDEN_ATTRIBUTES:
+                    yield "attribute", part
         elif isinstance(node, ast.Attribute) and node.attr in FORBIDDEN_ATTRIBUTES:
             yield "attribute", node.attr
 
