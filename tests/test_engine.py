@@ -114,6 +114,7 @@ def test_a_step_that_fails_leaves_nothing_behind(workload, call, where, before):
         assert not engine.has_unfinished_requests
         assert engine.scheduler.manager.device.num_used == 0
         assert engine.scheduler.manager.host.num_used == 0
+    setattr(owner, method, work)
     first = workload.requests[0]
     again = Request(first.prompt, {**first.params, "seed": 7})
     outputs, _ = dataclasses.replace(workload, requests=(again,)).run(engine)
