@@ -6,7 +6,6 @@ beside what `build` keeps.  Nothing is optimized, since most of what is compiled
 second.
 """
 
-import fcntl
 import hashlib
 import itertools
 import os
@@ -16,6 +15,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from once import once
 from torch.utils import cpp_extension
 
 from minipaged.attention import build
@@ -88,12 +88,7 @@ def kept(name, contents, make):
     key.update(f"{torch.__version__} {sys.version} {os.environ.get('CXX')}".encode())
     home = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "minipaged"))
     target = home / f"quick_{key.hexdigest()}" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait
-        if not (target.parent / "made").exists():
-            make(target)
-            (target.parent / "made").touch()
+    once(target.parent, lambda: make(target))
     return target
 
 

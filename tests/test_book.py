@@ -1,6 +1,5 @@
 """The book builds without a warning, leads nowhere dead, loads nothing, and works in a browser."""
 
-import fcntl
 import os
 import re
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from once import once
 
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = os.environ.get("MINIPAGED_SCREENSHOTS")
@@ -25,12 +25,7 @@ def book(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     folder = shared / "book"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker builds it, the other waits
-        if not (folder / "built").exists():
-            build(folder)
-            (folder / "built").touch()
+    once(folder, lambda: build(folder))
     return folder / "html"
 
 

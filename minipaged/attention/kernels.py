@@ -202,12 +202,12 @@ class KernelAttention:
     def _launch(
         self, batch: PagedBatch, seqs: np.ndarray, decoding: bool, query: Tensor, keys: Tensor
     ) -> Launch:
-        splits, version = 1, self.prompt
-        if version is None:
-            version = "tensor_cores" if self._suits_tensor_cores(query, keys) else "prompt"
         if decoding:
             blocks = int(batch.context_lengths[seqs].max()) // batch.block_size
             version, splits = self.decoding_kernel(len(seqs) * keys.shape[2], blocks)
+        else:
+            suits = self.prompt is None and self._suits_tensor_cores(query, keys)
+            version, splits = self.prompt or ("tensor_cores" if suits else "prompt"), 1
         return Launch.of_batch(batch, seqs, version, self.device, splits)
 
     def _suits_tensor_cores(self, query: Tensor, keys: Tensor) -> bool:

@@ -102,7 +102,7 @@ def measure_kernels(
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for call in range(repeats + 1):  # the first one warms up
         for name, round_of_layers in rounds.items():
-            elapsed = _time(round_of_layers, device) / layers
+            elapsed = seconds_of(round_of_layers, device) / layers
             if call:
                 seconds[name].append(elapsed)
     copy = copy_speed(device)
@@ -160,7 +160,7 @@ def copy_speed(device: torch.device) -> float:
     """Bytes per second that a copy reads and writes, the best of ten."""
     source = torch.ones(BYTES_IN_ALL[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    fastest = min(_time(lambda: target.copy_(source), device) for _ in range(10))
+    fastest = min(seconds_of(lambda: target.copy_(source), device) for _ in range(10))
     return 2 * source.nbytes / fastest
 
 
@@ -217,8 +217,8 @@ def _all_layers(run: Layer, layers: int, device: torch.device) -> Callable[[], o
 
 
 @torch.inference_mode()
-def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that it takes."""
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """How long it takes, on a GPU by events."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
