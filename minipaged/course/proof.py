@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from _pytest.config import default_plugins
+
 from minipaged.course import notebooks
 from minipaged.course.lesson import Lesson, LessonError, Task
 from minipaged.course.stubs import (
@@ -34,8 +36,9 @@ from minipaged.course.testing import LEAN, PLUGINS, TestOutcome, pytest_argument
 FEWEST_BUGS = 6
 PRELOADED = [
     "torch",
-    "numpy",
+    "numpy.random",
     "pytest",
+    *(f"_pytest.{plugin}" for plugin in default_plugins),
     "hypothesis.strategies",
     "hypothesis.stateful",
     "jaxtyping",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -29,13 +30,26 @@ SPLITS = {
 CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
 
 
+class Reader(gguf.GGUFReader):
+    """The same, three times as fast: for each of 100,000 words NumPy would make a new memmap."""
+
+    @property  # type: ignore[override]
+    def data(self) -> np.ndarray:
+        """The bytes of the file, which stays mapped."""
+        return self._bytes
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._bytes = mapped.view(np.ndarray)
+
+
 class GGUFFile:
     """One file, mapped; a tensor is dequantized when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
+            reader = Reader(path)
             self._metadata = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the reader fails in many ways on what is no GGUF
             raise ModelLoadError(
