@@ -4,6 +4,7 @@
 #include <climits>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -19,7 +20,11 @@
 #include "steps/step4_warp_per_block.cuh"
 #include "steps/step5_online_softmax.cuh"
 
-// What is compiled; a build for one model names its head size and type alone.
+// What is compiled; a build for one model names its head size and type alone, and who runs a few
+// of the kernels names these.
+#ifndef VERSIONS
+#define VERSIONS step1, step2, step3, step4, step5, v1, v2, prompt, tensor_cores
+#endif
 #ifndef HEAD_SIZES
 #define HEAD_SIZES 16, 32, 64, 80, 96, 128, 256
 #endif
@@ -30,7 +35,15 @@
 #define FLOAT8_CACHE 1
 #endif
 
+#define TEXT_OF(...) #__VA_ARGS__
+#define AS_TEXT(...) TEXT_OF(__VA_ARGS__)
+
 namespace {
+
+// Whether a version is among those that are compiled; no name of one is part of another's.
+constexpr bool is_compiled(std::string_view version) {
+    return std::string_view(AS_TEXT(VERSIONS)).find(version) != std::string_view::npos;
+}
 
 template <typename T>
 Global<T> as(const Array& array, const char* name) {
@@ -95,17 +108,20 @@ Attention<T, KV> attention_of(const AttentionArguments& x) {
     } while (0)
 
 template <typename T, typename KV, int HEAD_SIZE, int GROUP>
-void run_decode(const AttentionArguments& x) {
+void run_v1(const AttentionArguments& x) {
+    const Attention<T, KV> a = attention_of<T, KV>(x);
+    const int group = x.heads / x.kv_heads, parts = (group + GROUP - 1) / GROUP;
+    auto kernel = paged_attention_v1<T, KV, HEAD_SIZE, GROUP>;
+    LAUNCH_WITH(*kernel, dim3(x.kv_heads * parts, x.num_seqs), WARP_SIZE * DECODE_WARPS,
+                (WarpPartials<Accumulator<T>, HEAD_SIZE, GROUP>::bytes()));
+}
+
+template <typename T, typename KV, int HEAD_SIZE, int GROUP>
+void run_v2(const AttentionArguments& x) {
     using A = Accumulator<T>;
     const Attention<T, KV> a = attention_of<T, KV>(x);
     const int group = x.heads / x.kv_heads, parts = (group + GROUP - 1) / GROUP;
     const size_t bytes = WarpPartials<A, HEAD_SIZE, GROUP>::bytes();
-    const int threads = WARP_SIZE * DECODE_WARPS;
-    if (x.version == "v1") {
-        auto kernel = paged_attention_v1<T, KV, HEAD_SIZE, GROUP>;
-        LAUNCH_WITH(*kernel, dim3(x.kv_heads * parts, x.num_seqs), threads, bytes);
-        return;
-    }
     const int64_t places = int64_t(x.num_seqs) * x.heads * x.splits;
     if (x.workspace.size < places * (HEAD_SIZE + 2))
         throw std::runtime_error("the workspace is too small");
@@ -117,54 +133,81 @@ void run_decode(const AttentionArguments& x) {
         x.splits};
     auto kernel = paged_attention_v2<T, KV, HEAD_SIZE, GROUP>;
     allow_shared_memory(kernel, bytes);
-    LAUNCH(kernel, dim3(x.kv_heads * parts, x.num_seqs, x.splits), threads, bytes, x.stream, a,
-           workspace);
+    LAUNCH(kernel, dim3(x.kv_heads * parts, x.num_seqs, x.splits), WARP_SIZE * DECODE_WARPS, bytes,
+           x.stream, a, workspace);
     LAUNCH((add_up_splits<T, KV, HEAD_SIZE>), dim3(x.heads, x.num_seqs), 128, 0, x.stream, a,
            workspace);
 }
 
+template <typename T, typename KV, int HEAD_SIZE, int GROUP>
+void run_decode(const AttentionArguments& x) {
+    if constexpr (is_compiled("v1"))
+        if (x.version == "v1") run_v1<T, KV, HEAD_SIZE, GROUP>(x);
+    if constexpr (is_compiled("v2"))
+        if (x.version == "v2") run_v2<T, KV, HEAD_SIZE, GROUP>(x);
+}
+
 template <typename T, int HEAD_SIZE>
-void run_step(const AttentionArguments& x, const std::string& step) {
+void run_step(const AttentionArguments& x) {
     using A = Accumulator<T>;
     const Attention<T> a = attention_of<T, T>(x);
     const dim3 grid(x.heads, x.num_seqs);
-    if (step == "step1") LAUNCH_WITH(step1_naive<T>, grid, x.head_size, 0);
-    if (step == "step2")
-        LAUNCH_WITH(step2_shared_scores<T>, grid, STEP2_THREADS,
-                    step2_shared_bytes<A>(x.max_context));
-    auto step3 = step3_coalesced<T, HEAD_SIZE>;
-    if (step == "step3")
-        LAUNCH_WITH(*step3, grid, STEP3_THREADS, step3_shared_bytes<A>(x.max_context));
-    auto step4 = step4_warp_per_block<T, HEAD_SIZE>;
-    if (step == "step4")
-        LAUNCH_WITH(*step4, grid, WARP_SIZE * STEP4_WARPS,
-                    step4_shared_bytes<A>(x.max_context, x.head_size));
-    auto step5 = step5_online_softmax<T, HEAD_SIZE>;
-    if (step == "step5")
-        LAUNCH_WITH(*step5, grid, WARP_SIZE * STEP5_WARPS, step5_shared_bytes<A>(x.head_size));
+    if constexpr (is_compiled("step1"))
+        if (x.version == "step1") LAUNCH_WITH(step1_naive<T>, grid, x.head_size, 0);
+    if constexpr (is_compiled("step2"))
+        if (x.version == "step2")
+            LAUNCH_WITH(step2_shared_scores<T>, grid, STEP2_THREADS,
+                        step2_shared_bytes<A>(x.max_context));
+    if constexpr (is_compiled("step3")) {
+        auto step3 = step3_coalesced<T, HEAD_SIZE>;
+        if (x.version == "step3")
+            LAUNCH_WITH(*step3, grid, STEP3_THREADS, step3_shared_bytes<A>(x.max_context));
+    }
+    if constexpr (is_compiled("step4")) {
+        auto step4 = step4_warp_per_block<T, HEAD_SIZE>;
+        if (x.version == "step4")
+            LAUNCH_WITH(*step4, grid, WARP_SIZE * STEP4_WARPS,
+                        step4_shared_bytes<A>(x.max_context, x.head_size));
+    }
+    if constexpr (is_compiled("step5")) {
+        auto step5 = step5_online_softmax<T, HEAD_SIZE>;
+        if (x.version == "step5")
+            LAUNCH_WITH(*step5, grid, WARP_SIZE * STEP5_WARPS, step5_shared_bytes<A>(x.head_size));
+    }
+}
+
+template <typename T, typename KV, int HEAD_SIZE>
+void run_prompt(const AttentionArguments& x) {
+    const Attention<T, KV> a = attention_of<T, KV>(x);
+    constexpr int rows = PromptTile<KV, HEAD_SIZE>::ROWS;
+    const int tiles = (x.max_queries * (x.heads / x.kv_heads) + rows - 1) / rows;
+    auto kernel = prompt_attention<T, KV, HEAD_SIZE>;
+    LAUNCH_WITH(*kernel, dim3(tiles, x.kv_heads, x.num_seqs), PROMPT_THREADS,
+                (prompt_shared_bytes<T, KV, HEAD_SIZE>()));
+}
+
+template <typename T, typename KV, int HEAD_SIZE>
+void run_tensor_cores(const AttentionArguments& x) {
+    if constexpr (sizeof(T) == 2 && std::is_same_v<T, KV> && HEAD_SIZE % 16 == 0) {
+        const Attention<T, T> a = attention_of<T, T>(x);
+        const int rows = x.max_queries * (x.heads / x.kv_heads);
+        auto kernel = prompt_tensor_cores<T, HEAD_SIZE>;
+        LAUNCH_WITH(*kernel, dim3((rows + TENSOR_ROWS - 1) / TENSOR_ROWS, x.kv_heads, x.num_seqs),
+                    TENSOR_THREADS, (tensor_shared_bytes<T, HEAD_SIZE>()));
+    } else {
+        throw std::runtime_error(
+            "tensor cores need 16-bit queries and cache, and heads of a multiple of 16");
+    }
 }
 
 template <typename T, typename KV, int HEAD_SIZE>
 void run_version(const AttentionArguments& x) {
-    const std::string version = x.version;
+    const std::string& version = x.version;
+    if (!is_compiled(version)) throw std::runtime_error("the kernel " + version + " was not compiled");
     if (version == "prompt") {
-        const Attention<T, KV> a = attention_of<T, KV>(x);
-        constexpr int rows = PromptTile<KV, HEAD_SIZE>::ROWS;
-        const int tiles = (x.max_queries * (x.heads / x.kv_heads) + rows - 1) / rows;
-        auto kernel = prompt_attention<T, KV, HEAD_SIZE>;
-        LAUNCH_WITH(*kernel, dim3(tiles, x.kv_heads, x.num_seqs), PROMPT_THREADS,
-                    (prompt_shared_bytes<T, KV, HEAD_SIZE>()));
+        if constexpr (is_compiled("prompt")) run_prompt<T, KV, HEAD_SIZE>(x);
     } else if (version == "tensor_cores") {
-        if constexpr (sizeof(T) == 2 && std::is_same_v<T, KV> && HEAD_SIZE % 16 == 0) {
-            const Attention<T, T> a = attention_of<T, T>(x);
-            const int rows = x.max_queries * (x.heads / x.kv_heads);
-            auto kernel = prompt_tensor_cores<T, HEAD_SIZE>;
-            LAUNCH_WITH(*kernel, dim3((rows + TENSOR_ROWS - 1) / TENSOR_ROWS, x.kv_heads, x.num_seqs),
-                        TENSOR_THREADS, (tensor_shared_bytes<T, HEAD_SIZE>()));
-        } else {
-            throw std::runtime_error(
-                "tensor cores need 16-bit queries and cache, and heads of a multiple of 16");
-        }
+        if constexpr (is_compiled("tensor_cores")) run_tensor_cores<T, KV, HEAD_SIZE>(x);
     } else if (version == "v1" || version == "v2") {
         if (x.group >= 8)
             run_decode<T, KV, HEAD_SIZE, 8>(x);
@@ -173,7 +216,7 @@ void run_version(const AttentionArguments& x) {
         else
             run_decode<T, KV, HEAD_SIZE, 1>(x);
     } else if constexpr (sizeof(T) == sizeof(KV)) {
-        run_step<T, HEAD_SIZE>(x, version);
+        run_step<T, HEAD_SIZE>(x);
     } else {
         throw std::runtime_error("an 8-bit cache is read by v1, v2 and prompt, not by " + version);
     }

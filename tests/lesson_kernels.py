@@ -49,24 +49,38 @@ def fail_as_reported(said):
 
 
 class Emulator:
-    """The kernels in float64 for these head sizes; a report of the emulator fails the test."""
+    """Some kernels in float64 for these head sizes; a report of the emulator fails the test.
 
-    def __init__(self, *head_sizes):
+    They are compiled when the first of them is called: not every test of a lesson needs them.
+    """
+
+    def __init__(self, *head_sizes, versions):
         self._make = functools.partial(
-            quick_kernels.compile_kernels, dtypes=(torch.float64,), head_sizes=head_sizes
+            quick_kernels.compile_kernels,
+            dtypes=(torch.float64,),
+            head_sizes=head_sizes,
+            versions=versions,
         )
 
-    def __getattr__(self, function):
+    def attention(self, arguments):
+        self._call("attention", arguments)
+
+    def write_cache(self, arguments):
+        self._call("write_cache", arguments)
+
+    def copy_cache(self, arguments):
+        self._call("copy_cache", arguments)
+
+    def seed_emulator(self, seed):
+        self._call("seed_emulator", seed)
+
+    def _call(self, function, argument):
         kernels = compiled(self._make)
-
-        def call(*arguments):
-            try:
-                return getattr(kernels, function)(*arguments)
-            except RuntimeError as error:
-                said = str(error)
-            return fail_as_reported(said)
-
-        return call
+        try:
+            return getattr(kernels, function)(argument)
+        except RuntimeError as error:
+            said = str(error)
+        return fail_as_reported(said)
 
 
 def check_decoding(kernels, case, version, larger=1.0):

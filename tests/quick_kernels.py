@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from once import once
-from torch.utils import cpp_extension
 
 from minipaged.attention import build
 
@@ -48,7 +47,7 @@ HEADERS = """\
 
 def compile_cpp(*arguments):
     """Run the compiler with the flags of the emulated kernels, but for the optimization."""
-    folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    folders = [Path(torch.__file__).parent / "include", sysconfig.get_path("include")]
     options = [
         "-std=c++20",
         "-fPIC",
@@ -66,7 +65,7 @@ def compile_cpp(*arguments):
 def binding(sources):
     """The compiled binding of these sources."""
     files = [sources / "binding.cpp", sources / "arguments.h"]
-    flags = ["-DTORCH_EXTENSION_NAME=planted", "-c", files[0], "-o"]
+    flags = ["-O1", "-DTORCH_EXTENSION_NAME=planted", "-c", files[0], "-o"]  # linked often
     contents = b"".join(path.read_bytes() for path in files)
     return kept("binding.o", contents, lambda target: compile_cpp(*flags, target))
 
@@ -92,15 +91,16 @@ def kept(name, contents, make):
     return target
 
 
-def compile_kernels(sources, dtypes, head_sizes):
+def compile_kernels(sources, dtypes, head_sizes, versions=()):
     """What build.emulated_kernels makes of these sources, but for the binding.
 
+    versions: the kernels that are wanted; all of them by default.
     RuntimeError with what the compiler says where they do not compile.
     """
     # pybind11 knows modules by their full name, so that each is given a package of its own.
     package = f"planted{os.getpid()}_{next(_count)}"
     library = sources / f"{package}.so"
-    kernels = [*build.instances(dtypes, head_sizes), "-include", headers()]
+    kernels = [*build.instances(dtypes, head_sizes, versions), "-include", headers()]
     kernels += ["-x", "c++", sources / "paged_attention.cu"]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     compile_cpp("-shared", *undefined, *kernels, "-x", "none", binding(sources), "-o", library)

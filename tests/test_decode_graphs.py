@@ -28,7 +28,7 @@ class PaddedWorkload(Workload):
         return engine
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(workload=workloads(backends=("emulated",)))
 def test_padded_steps_draw_the_same_tokens(workload):
     """T4 again: rows that fill a step up change no token and write into nobody's block."""

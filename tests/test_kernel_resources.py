@@ -36,32 +36,33 @@ def test_the_report_is_read():
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "head_sizes", "architectures"),
+    ("dtype", "head_sizes", "architectures", "float8_cache"),
     [
-        (torch.bfloat16, (128,), ["sm_80", "sm_90"]),
-        (torch.float16, (128,), ["sm_80", "sm_90"]),
-        (torch.float32, (128,), ["sm_80", "sm_90"]),
-        (torch.bfloat16, (64, 80, 96, 256), ["sm_80"]),  # which has less shared memory
+        (torch.bfloat16, (128,), ["sm_80"], False),
+        (torch.bfloat16, (128,), ["sm_90"], True),
+        (torch.float16, (128,), ["sm_80", "sm_90"], False),
+        (torch.float32, (128,), ["sm_80", "sm_90"], False),
+        (torch.bfloat16, (64, 80, 96, 256), ["sm_80"], False),  # which has less shared memory
     ],
     ids=str,
 )
-def test_every_kernel_compiles_without_a_warning(dtype, head_sizes, architectures):
-    resources = kernel_resources(dtype, head_sizes, architectures=architectures)
+def test_every_kernel_compiles_without_a_warning(dtype, head_sizes, architectures, float8_cache):
+    resources = kernel_resources(dtype, head_sizes, float8_cache, architectures)
     for architecture in architectures:
         found = {r.kernel: r for r in resources if r.architecture == architecture}
         for name in ("step1_naive", "step5_online", "paged_attention_v1", "paged_attention_v2"):
             assert any(kernel.startswith(name) for kernel in found), name
-        # A word or two of 255 registers is nothing; an array that spills is.
-        spilling = {kernel: r.spill_bytes for kernel, r in found.items() if r.spill_bytes > 16}
+        eight_bits = {kernel for kernel in found if "fp8_e4m3" in kernel}
+        assert any("paged_attention_v1" in kernel for kernel in eight_bits) == float8_cache
+        # A word or two of 255 registers is nothing; an array that spills is.  Attention that
+        # converts 8 bits needs a few words more.
+        spilling = {
+            kernel: r.spill_bytes
+            for kernel, r in found.items()
+            if r.spill_bytes > (32 if kernel in eight_bits else 16)
+        }
         assert not spilling, f"on {architecture} these need more registers than there are"
         assert all(0 < r.registers <= 255 for r in found.values())
-
-
-@needs_nvcc
-@pytest.mark.slow
-def test_the_kernels_for_an_8_bit_cache_compile():
-    resources = kernel_resources(torch.bfloat16, [128], float8_cache=True, architectures=["sm_90"])
-    assert any("fp8_e4m3" in r.kernel for r in resources)
 
 
 def test_no_nvcc(monkeypatch):

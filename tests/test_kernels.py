@@ -19,12 +19,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_attention import Case, place, sequence_shapes
 
-from minipaged import LLM, SamplingParams
 from minipaged.attention import build
 from minipaged.attention.batch import PagedBatch
 from minipaged.attention.contiguous import contiguous_attention
 from minipaged.attention.kernels import (
     DECODING,
+    PROMPT,
     KernelAttention,
     KernelCacheOperations,
     Launch,
@@ -37,6 +37,7 @@ from minipaged.memory.kv_cache import KVCache, KVCacheShape
 
 EXACT_SIZES = (6, 16, 40)  # 3, 8 and 20 chunks of a row: idle lanes, none, more than 16
 HEAD_SIZES = (64, 80, 96, 128, 256)
+VERSIONS = (*DECODING, *PROMPT)
 GPU_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Half a unit in the last place, relative.
 ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -47,16 +48,16 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_gpu])]
 
 def exact_kernels(dtypes, head_sizes):
     """The float64 instances of all sizes in one build."""
-    return build.emulated_kernels((torch.float64,), EXACT_SIZES)
+    return build.emulated_kernels((torch.float64,), EXACT_SIZES, (*DECODING, "prompt"))
 
 
 def typed_kernels(dtypes, head_sizes):
     """The instances that a GPU runs, in one build, on the CPU."""
-    return build.emulated_kernels(GPU_TYPES, HEAD_SIZES)
+    return build.emulated_kernels(GPU_TYPES, HEAD_SIZES, VERSIONS)
 
 
 def compile_for(device):
-    return typed_kernels if device == "cpu" else lambda t, h: build.cuda_kernels(t, h)
+    return typed_kernels if device == "cpu" else lambda t, h: build.cuda_kernels(t, h, VERSIONS)
 
 
 @st.composite
@@ -331,6 +332,8 @@ def test_every_order_of_the_threads_gives_the_same():
 @pytest.mark.cuda
 @needs_gpu
 def test_the_engine_on_a_gpu_generates_what_it_does_on_a_cpu():
+    from minipaged import LLM, SamplingParams  # takes long, and the lessons import this file
+
     prompts = ["ROMEO:", "First Citizen:", "To be, or not to be"]
     params = SamplingParams(temperature=0, max_tokens=40)
     texts = {}

@@ -22,7 +22,7 @@ from minipaged.memory.block_table import BlockCopy
 HEAD_SIZE = 16
 
 
-KERNELS = Emulator(HEAD_SIZE)
+KERNELS = Emulator(HEAD_SIZE, versions=("step1", "prompt"))
 
 
 # ---- 12.1 ---------------------------------------------------------------------------------

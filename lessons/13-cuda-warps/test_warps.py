@@ -17,7 +17,7 @@ HEAD_SIZES = (6, 16)  # rows of 3 and of 8 chunks: with an idle lane, and withou
 WARP = 32
 
 
-KERNELS = Emulator(*HEAD_SIZES)
+KERNELS = Emulator(*HEAD_SIZES, versions=("step2", "step3", "step5"))
 
 
 @st.composite
@@ -78,7 +78,8 @@ def probe(sources):
     """A kernel of two warps that calls one of the two functions, and nothing else."""
     source, library = sources / "probe.cpp", sources / "probe.so"
     source.write_text(PROBE)
-    quick_kernels.compile_cpp("-shared", source, "-o", library)
+    headers = quick_kernels.headers()
+    quick_kernels.compile_cpp("-shared", "-include", headers, source, "-o", library)
     function = ctypes.CDLL(str(library)).run
     array = np.ctypeslib.ndpointer(np.float64)
     function.argtypes = [array, array, ctypes.c_int, ctypes.c_int, ctypes.c_bool]

@@ -31,7 +31,7 @@ from minipaged.scheduling.step_plan import ScheduledSequence
 HEAD_SIZE = 16
 
 
-KERNELS = Emulator(HEAD_SIZE)
+KERNELS = Emulator(HEAD_SIZE, versions=("v1", "v2"))
 
 
 @st.composite

@@ -36,6 +36,8 @@ CPP_TYPES = {
     torch.bfloat16: "bfloat16_t",
 }
 
+# What the engine runs; the steps on the way there are for those who learn and test.
+ENGINE = ("v1", "v2", "prompt", "tensor_cores")
 
 # torch forbids in CUDA sources what numbers of 16 bits need here: T(0.0f), float(x), a + b.
 ALLOWED = [
@@ -112,11 +114,12 @@ def head_size_fits(head_size: int, dtype: torch.dtype) -> None:
 def emulated_kernels(
     dtypes: tuple[torch.dtype, ...],
     head_sizes: tuple[int, ...],
+    versions: tuple[str, ...] = ENGINE,
     checked: bool = True,
 ) -> Any:
     """The kernels for these types and head sizes, compiled for the CPU (cuda_on_cpu.h)."""
     find_compiler()
-    flags = [*EMULATED_FLAGS, *instances(dtypes, head_sizes)]
+    flags = [*EMULATED_FLAGS, *instances(dtypes, head_sizes, versions)]
     if not checked:
         flags.append("-DUNCHECKED")
     sources = [SOURCES / "paged_attention.cu", SOURCES / "binding.cpp"]
@@ -138,11 +141,15 @@ def native_attention() -> Any:
 
 
 @functools.cache
-def cuda_kernels(dtypes: tuple[torch.dtype, ...], head_sizes: tuple[int, ...]) -> Any:
+def cuda_kernels(
+    dtypes: tuple[torch.dtype, ...],
+    head_sizes: tuple[int, ...],
+    versions: tuple[str, ...] = ENGINE,
+) -> Any:
     """The kernels for these types and head sizes, compiled for the GPU of this machine."""
     find_nvcc()
     major, minor = torch.cuda.get_device_capability()
-    flags = nvcc_flags(dtypes, head_sizes, [f"sm_{major}{minor}"])
+    flags = nvcc_flags(dtypes, head_sizes, [f"sm_{major}{minor}"], versions)
     return load(
         "minipaged_cuda",
         [SOURCES / "binding.cpp"],
@@ -152,14 +159,23 @@ def cuda_kernels(dtypes: tuple[torch.dtype, ...], head_sizes: tuple[int, ...]) -
     )
 
 
-def instances(dtypes: Sequence[torch.dtype], head_sizes: Sequence[int]) -> list[str]:
-    """Flags that say which kernels of paged_attention.cu are to be compiled."""
+def instances(
+    dtypes: Sequence[torch.dtype], head_sizes: Sequence[int], versions: Sequence[str] = ()
+) -> list[str]:
+    """Flags that say which kernels of paged_attention.cu are to be compiled.
+
+    versions: names in `kernels.DECODING` and `kernels.PROMPT`; all of them by default.
+    """
     types = ",".join(CPP_TYPES[dtype] for dtype in dtypes)
-    return [f"-DNUMBER_TYPES={types}", f"-DHEAD_SIZES={','.join(map(str, head_sizes))}"]
+    flags = [f"-DNUMBER_TYPES={types}", f"-DHEAD_SIZES={','.join(map(str, head_sizes))}"]
+    return [*flags, f"-DVERSIONS={','.join(versions)}"] if versions else flags
 
 
 def nvcc_flags(
-    dtypes: Sequence[torch.dtype], head_sizes: Sequence[int], architectures: Sequence[str]
+    dtypes: Sequence[torch.dtype],
+    head_sizes: Sequence[int],
+    architectures: Sequence[str],
+    versions: Sequence[str] = (),
 ) -> list[str]:
     """Flags for nvcc, behind those of torch.
 
@@ -167,7 +183,7 @@ def nvcc_flags(
     """
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
     # To nvcc a comma separates values of one flag, unless it is escaped.
-    chosen = [flag.replace(",", r"\,") for flag in instances(dtypes, head_sizes)]
+    chosen = [flag.replace(",", r"\,") for flag in instances(dtypes, head_sizes, versions)]
     return ["-O3", *ALLOWED, *targets, *chosen]
 
 

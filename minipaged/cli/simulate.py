@@ -89,7 +89,6 @@ def simulate(
     use_lessons(lessons)
     from typing import get_args
 
-    from minipaged.evaluation import report
     from minipaged.evaluation.arrivals import (
         TimedRequest,
         check_rate,
@@ -173,6 +172,8 @@ def simulate(
         hits = outcomes["paged"].hit_tokens
         console.print(f"{hits:,} tokens of prompts were found in the prefix cache")
     if json_file is not None:
+        from minipaged.evaluation import report  # and torch, which a simulation does not need
+
         report.write_json(json_file, list(outcomes.values()), policies=list(outcomes))
 
 
@@ -228,8 +229,6 @@ def tune_block_size(
     plot: PlotOption = None,
 ) -> None:
     """Choose the block size for a model and a workload; simulated."""
-    from matplotlib.figure import Figure
-
     from minipaged.evaluation.arrivals import check_rate, check_workload
     from minipaged.evaluation.sweep import tune_block_size as tune
 
@@ -249,6 +248,8 @@ def tune_block_size(
     console.print(table)
     console.print(f"{chosen}: the largest within 1 % of the best throughput")
     if plot is not None:
+        from matplotlib.figure import Figure
+
         canvas = Figure(layout="constrained")
         ax = canvas.subplots()
         ax.plot(list(outcomes), [o.tokens_per_second for o in outcomes.values()], marker=".")

@@ -199,12 +199,15 @@ class Grader:
         return text
 
     def _expect(self, lesson: Lesson) -> dict[str, list[str]]:
-        """Every case of every task, as it is where no learner code runs: on the stub."""
+        """Every case of every task, as it is where no learner code runs: on the stub.
+
+        They are collected and not run, for here only their names are asked for.
+        """
         with tempfile.TemporaryDirectory(dir=self.home) as scratch:
             report = Path(scratch) / "report.json"
             own = self.bundle / "lessons" / lesson.name / "stubs"
             command = [sys.executable, "-m", "pytest", *self._arguments(lesson, own)]
-            command.append(f"--lesson-report={report}")
+            command += ["--collect-only", f"--lesson-report={report}"]
             done = subprocess.run(
                 command,
                 cwd=self.bundle,

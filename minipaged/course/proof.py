@@ -45,6 +45,7 @@ PRELOADED = [
     "typer",
     "rich",
     # The package, for what it imports; its own modules are imported anew where one is replaced.
+    "minipaged.cli",
     "minipaged.serving.server",
     "minipaged.distributed.processes",
 ]
