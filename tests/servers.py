@@ -9,8 +9,6 @@ import io
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -18,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from command import ENVIRONMENT, Forked, run_command
 from prometheus_client.parser import text_string_to_metric_families
 
 from minipaged.engine.engine import Engine
@@ -183,16 +182,13 @@ def exchange(port: int, request: bytes, method: str = "POST") -> tuple[int, Any,
 
 
 class ServerProcess:
-    """`minipaged serve` as a process of its own."""
+    """`minipaged serve` as a process of its own, forked from one that has imported torch."""
 
     def __init__(self, *arguments: Any, **environment: str) -> None:
-        command = [sys.executable, "-m", "minipaged", "serve", "--port", 0, *arguments]
-        self.process = subprocess.Popen(
-            [str(word) for word in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+        self.process = Forked(
+            run_command,
+            [str(word) for word in ("serve", "--port", 0, *arguments)],
+            environment={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1", **environment},
         )
         said = self.process.stdout.readline()
         assert " is served at " in said, self.process.communicate()[1]
@@ -205,7 +201,7 @@ class ServerProcess:
     def __exit__(self, *exception: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.communicate()
+            self.process.communicate()
 
     def end(self, *signals: int) -> tuple[int, str]:
         """Send signals; returns the exit code and what was said on standard error."""

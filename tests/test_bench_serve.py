@@ -164,6 +164,7 @@ def test_this_projects_own_server(tmp_path):
         finally:
             server.terminate()
             server.communicate(timeout=60)
+    assert server.returncode == 0
     (run,) = json.loads(out.read_text())["measurements"]
     assert run["completed"] == 12
     assert run["output_tokens"] == run["asked_tokens"] > 100

@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from command import ENVIRONMENT, minipaged
+from command import ENVIRONMENT, Forked, minipaged, run_command
 
 
 def test_generate_streams_and_draws_the_block_map(tmp_path):
@@ -144,13 +142,8 @@ def test_a_bad_prompt_does_not_harm_the_others():
 def test_ctrl_c_shows_what_there_is():
     # Sixty long outputs, one after the other: much more than is done before the interrupt.
     options = ["--max-tokens", "480", "--ignore-eos", "--max-num-seqs", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "minipaged", "generate", *["ROMEO:"] * 60, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **ENVIRONMENT},
-    )
+    words = ["generate", *["ROMEO:"] * 60, *options]
+    process = Forked(run_command, words, environment={**os.environ, **ENVIRONMENT})
     first = process.stdout.readline()
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from command import minipaged
 from typer.testing import CliRunner
 
 from minipaged.cli import app
@@ -18,10 +19,10 @@ from minipaged.course.bundle import write_autograder
 from minipaged.course.grading import Grader
 from minipaged.course.lesson import LessonError, find_lesson, find_task, parse_numbers, read_lesson
 from minipaged.course.narration import Narrated, Story, story
-from minipaged.course.proof import run_on, solution
+from minipaged.course.proof import call_forked, run_on, solution
 from minipaged.course.stubs import mutants, open_task, stub_of
-from minipaged.course.substitution import LessonFinder, overlay
-from minipaged.course.testing import pytest_arguments
+from minipaged.course.substitution import LessonFinder, overlay, substitute
+from minipaged.course.testing import LEAN, pytest_arguments
 
 ROOT = Path(__file__).parents[1]
 FILE = "minipaged/memory/block_allocator.py"
@@ -36,6 +37,9 @@ def lessons(tmp_path, monkeypatch):
     shutil.copytree(LESSON.folder, folder / LESSON.name, ignore=own)
     (folder / LESSON.name / "block_allocator.py").unlink(missing_ok=True)
     monkeypatch.setenv("MINIPAGED_LESSONS", str(folder))
+    # What pytest is started with where it is started often.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", " ".join(LEAN))
     return folder / LESSON.name
 
 
@@ -245,32 +249,28 @@ def test_the_finder_answers_for_its_modules_alone(tmp_path):
 
 
 KERNEL = "cuda/paged_attention_v1.cuh"
-SUBSTITUTE = """
-import sys
-from pathlib import Path
-from minipaged.course.substitution import substitute
-for content in sys.argv[2:]:
-    Path(sys.argv[1]).write_text(content)
-    substitute({"cuda/paged_attention_v1.cuh": Path(sys.argv[1])})
-    from minipaged.attention import build
-    print(build.SOURCES)
-"""
+
+
+def sources_of(own, folder, told):
+    """In a process of its own: where kernels lie that stand in for each other."""
+    tempfile.tempdir = folder
+    with open(told, "w") as file:
+        for content in ("a", "b", "a"):
+            Path(own).write_text(content)
+            substitute({KERNEL: Path(own)})
+            from minipaged.attention import build
+
+            print(build.SOURCES, file=file)
 
 
 def test_kernels_of_one_content_share_a_folder(tmp_path):
     """Only what is new leaves something behind, however often it is run."""
-    own, folder = tmp_path / "own.cuh", tmp_path / "tmp"
+    own, folder, told = tmp_path / "own.cuh", tmp_path / "tmp", tmp_path / "told"
     folder.mkdir()
     for new in (2, 0):
         before = len(list(folder.iterdir()))
-        done = subprocess.run(
-            [sys.executable, "-c", SUBSTITUTE, own, "a", "b", "a"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "TMPDIR": str(folder)},
-        )
-        assert done.returncode == 0, done.stderr
-        sources = [Path(line) for line in done.stdout.split()]
+        assert call_forked(sources_of, (str(own), str(folder), str(told)), seconds=100) == 0
+        sources = [Path(line) for line in told.read_text().split()]
         assert [(s.parent / KERNEL).read_text() for s in sources] == ["a", "b", "a"]
         assert len(list(folder.iterdir())) == before + new
 
@@ -307,9 +307,7 @@ def test_the_engine_runs_on_the_learners_module(lessons):
     )
     (lessons / "block_allocator.py").write_text(marked)
     words = ["generate", "--lessons", "3", "ROMEO:", "--max-tokens", "3", "--num-blocks", "4"]
-    done = subprocess.run(
-        [sys.executable, "-m", "minipaged", *words], capture_output=True, text=True
-    )
+    done = minipaged(*words, environment={"MINIPAGED_LESSONS": str(lessons.parent)})
     assert done.returncode == 0, done.stderr
     assert "MINE" in done.stdout
     assert "block_allocator.py is yours" in done.stderr

@@ -5,6 +5,7 @@ the check alone would have refused them is asserted as well.
 """
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from minipaged.course.lesson import ROOT, LessonError, all_lessons, find_lesson
 from minipaged.course.reports import gradescope_results, summary, write_csv
 from minipaged.course.stubs import mutants, plant, stub_of, write_solution
 from minipaged.course.submission import Submission, suspicious
+from minipaged.course.testing import LEAN
 
 FILE = "minipaged/memory/block_allocator.py"
 LESSON = find_lesson(3)
@@ -73,18 +75,29 @@ def test_the_reference_has_all_points(grader, tmp_path):
 
 
 THOROUGH = settings.default == settings.get_profile("thorough")
+FEW_EXAMPLES = """
+settings.register_profile("few", settings.default, max_examples=10)
+settings.load_profile("few")
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", range(1, 19) if THOROUGH else [1, 4, 15, 18])
 def test_the_reference_of_a_lesson_has_all_points(tmp_path, number):
-    """Those whose files import and define most; the thorough profile grades them all."""
+    """Those whose files import and define most; the thorough profile grades them all.
+
+    What is refused or not is what a solution does in its first examples, so that a few are enough.
+    """
     lesson = find_lesson(number)
     write_solution(lesson, tmp_path)
     with Grader([lesson], seed=7) as grader:
+        if not THOROUGH:
+            with open(grader.bundle / "conftest.py", "a") as conftest:
+                conftest.write(FEW_EXAMPLES)
         grade = grader.grade(tmp_path)
-    assert points(grade) == {task.number: task.points for task in lesson.tasks}, grade.notes
+    expected = {task.number: task.points for task in lesson.tasks}
+    assert points(grade) == expected, [g.feedback for g in grade.tasks]
     assert grade.notes == []
 
 
@@ -350,8 +363,18 @@ from block_allocator import *
     assert "No module named 'block_allocator'" in grade.tasks[0].feedback
 
 
+# What ends only at a limit may be given a low one: an honest solution would still be far from it.
+LIMITED = {
+    "loops for ever": {"seconds": 1},
+    "equals everything": {"seconds": 1},
+    "eats the memory": {"memory": 1 << 30},
+}
+
+
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_earns_nothing(grader, tmp_path, name):
+def test_an_attack_earns_nothing(grader, tmp_path, name, monkeypatch):
+    limits = dataclasses.replace(grader.limits, **LIMITED.get(name, {}))
+    monkeypatch.setattr(grader, "limits", limits)
     grade = grader.grade(submission(tmp_path / "mallory", f"{STUB}\n{ATTACKS[name]}"))
     assert grade.total == 0, f"{points(grade)}, {grade.notes}"
     assert len(grade.tasks) == 4, "the list of tasks is complete"
@@ -530,10 +553,11 @@ def test_a_bundle_has_no_solution_and_works(tmp_path):
     assert (tmp_path / "bundle" / FILE).read_text() == STUB
     assert not (own.parent / "mutants.toml").exists()
     own.write_text(REFERENCE)
+    lean = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": " ".join(LEAN)}
     done = subprocess.run(
         [sys.executable, "-m", "minipaged", "lesson", "test", "3"],
         cwd=tmp_path / "bundle",
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "bundle")},
+        env={**os.environ, **lean, "PYTHONPATH": str(tmp_path / "bundle")},
         capture_output=True,
         text=True,
     )

@@ -15,11 +15,11 @@ from datetime import timedelta
 import command
 import pytest
 import torch
-from command import minipaged
+from command import FORKS_RANKS, Forked, minipaged
 from safetensors.torch import load_file, save_file
 from servers import RunningServer, exchange
 
-from minipaged.distributed import communication, launch
+from minipaged.distributed import communication, launch, processes
 from minipaged.distributed.place import place_of
 from minipaged.engine.builder import EngineOptions, is_parallel, load_engine
 from minipaged.engine.llm import LLM
@@ -33,6 +33,12 @@ ENVIRONMENT = {**os.environ, **command.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 OPTIONS = {"dtype": "float64", "num_blocks": 14, "block_size": 4, "preemption": "swap"}
 PROMPTS = ["ROMEO:", "First Citizen:", "O, what light"]
 GONE = 20.0  # seconds within which all processes of a job that failed must have ended
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """Ranks that need not import torch; those of two models are started as a user's are."""
+    monkeypatch.setattr(processes, "subprocess", FORKS_RANKS)
 
 
 def is_alive(pid):
@@ -67,6 +73,7 @@ def texts(llm, **params):
     return [[o.text for o in out.outputs] for out in llm.generate(PROMPTS, params)]
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_processes_equal_one_until_one_of_them_dies():
     """Four ranks in a crowded pool, with n > 1 and a beam search; then SIGKILL in a step."""
     runs = {"n": 2, "temperature": 0.9}, {"use_beam_search": True, "best_of": 3, "temperature": 0}
@@ -126,6 +133,7 @@ def test_what_cannot_be_is_said_once(options, message, capfd, monkeypatch):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_what_is_wrong_with_the_part_of_another_rank(tmp_path, capfd):
     """An element that is not finite, in the rows of rank 1 alone."""
     (tmp_path / "config.json").write_text((TINY / "config.json").read_text())
@@ -138,10 +146,7 @@ def test_what_is_wrong_with_the_part_of_another_rank(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def killed(pid):
-    os.kill(pid, signal.SIGKILL)
-
-
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("phase", ["joining", "loading", "idle"])
 def test_a_rank_that_dies_is_named(phase, monkeypatch):
     """SIGKILL before a step: rank 0 says who it was."""
@@ -170,6 +175,7 @@ def test_a_rank_that_dies_is_named(phase, monkeypatch):
     wait_until_gone(started)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_server_with_nothing_to_do_ends_when_a_rank_dies(caplog):
     engine = load_engine(TINY, EngineOptions(tensor_parallel_size=2, **OPTIONS))
     (peer,) = engine.runner.ranks.lifeline.arguments
@@ -184,6 +190,7 @@ def test_a_server_with_nothing_to_do_ends_when_a_rank_dies(caplog):
     assert f"the engine failed: {peer} died" in caplog.text
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_rank_0_does_not_wait_for_ever_for_what_nobody_sends(monkeypatch):
     """As when one rank leaves out a sum of which the other is a part."""
     monkeypatch.setattr(communication, "IN_A_STEP", timedelta(seconds=1))
@@ -194,31 +201,26 @@ def test_rank_0_does_not_wait_for_ever_for_what_nobody_sends(monkeypatch):
     wait_until_gone(pids.values())
 
 
-SCRIPT = """
-import time
-from minipaged import LLM, SamplingParams
-llm = LLM(tensor_parallel_size=2, dtype="float64", num_blocks=210)
-print(*[peer.pid for peer in llm.engine.runner.ranks.lifeline.arguments], flush=True)
-{rest}
-"""
-WORK = "llm.generate(['a'] * 8, SamplingParams(max_tokens=400, ignore_eos=True))"
+def rank_0(generates):
+    """Says who rank 1 is, and then works for ever, or rests."""
+    llm = LLM(tensor_parallel_size=2, dtype="float64", num_blocks=210)
+    print(*others(llm).values(), flush=True)
+    while generates:
+        llm.generate(["a"] * 8, SamplingParams(max_tokens=400, ignore_eos=True))
+    time.sleep(1000)
+
+
 ENDS = {
-    "Ctrl-C in a step": (f"while True: {WORK}", signal.SIGINT),
-    "ended in a step": (f"while True: {WORK}", signal.SIGTERM),
-    "killed while idle": ("time.sleep(1000)", signal.SIGKILL),
+    "Ctrl-C in a step": (True, signal.SIGINT),
+    "ended in a step": (True, signal.SIGTERM),
+    "killed while idle": (False, signal.SIGKILL),
 }
 
 
 def test_the_others_end_with_rank_0():
     processes = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", SCRIPT.format(rest=rest)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-        )
-        for name, (rest, _) in ENDS.items()
+        name: Forked(rank_0, generates, environment=ENVIRONMENT)
+        for name, (generates, _) in ENDS.items()
     }
     for name, process in processes.items():
         pids = [int(word) for word in process.stdout.readline().split()]

@@ -1,15 +1,18 @@
 """`bench parallel` counts what two real ranks say to each other."""
 
 import pytest
+from command import FORKS_RANKS
 
 from minipaged.cli.bench_parallel import _numbers
+from minipaged.distributed import processes
 from minipaged.engine.builder import EngineOptions
 from minipaged.errors import ConfigurationError
 from minipaged.evaluation.parallel import measure_parallel
 from minipaged.evaluation.workload import uniform_workload
 
 
-def test_what_was_counted_is_what_the_formula_says():
+def test_what_was_counted_is_what_the_formula_says(monkeypatch):
+    monkeypatch.setattr(processes, "subprocess", FORKS_RANKS)
     workload = uniform_workload(3, 4, 12, 1024, seed=0)
     options = EngineOptions(dtype="float32", num_blocks=20)
     alone, two = measure_parallel("tiny", workload, options, [1, 2])

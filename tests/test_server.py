@@ -1,7 +1,6 @@
 """`minipaged serve` as a process: from a port that can be had to the last request's end."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import threading
 import time
 
 import pytest
+from command import minipaged
 from servers import (
     PATIENCE,
     RunningServer,
@@ -28,16 +28,6 @@ from minipaged.serving.server import ServerOptions, open_socket, url_of
 
 SMALL = ("--num-blocks", 70, "--dtype", "float32")
 LONG = {"prompt": "ROMEO:", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
-
-
-def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "minipaged", "serve", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        timeout=200,
-    )
 
 
 def streaming(server, *headers):
@@ -147,7 +137,7 @@ def test_an_engine_that_fails_ends_the_server(caplog):
 def test_a_port_in_use():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run("--port", port)
+        done = minipaged("serve", "--port", port)
     assert done.returncode == 2
     assert done.stderr == (
         f"minipaged: port {port} of '127.0.0.1' cannot be opened (Address already in use); "
