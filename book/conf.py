@@ -11,12 +11,14 @@ from pathlib import Path
 from latex2mathml.converter import convert
 
 sys.path.insert(0, str(Path(__file__).parent))
+import forked_kernel
 import generate
 
 ROOT = Path(__file__).parents[1]
 # On busy cores threads that wait for each other cost more than they do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 generate.write_all(ROOT / "book" / "_generated")
+forked_kernel.fork_kernels()
 
 project = "minipaged"
 author = "the minipaged authors"

@@ -20,8 +20,8 @@
 #include "steps/step4_warp_per_block.cuh"
 #include "steps/step5_online_softmax.cuh"
 
-// What is compiled; a build for one model names its head size and type alone, and who runs a few
-// of the kernels names these.
+// What is compiled; a build for one model names its head size and type alone, and a test of one
+// kernel that kernel.
 #ifndef VERSIONS
 #define VERSIONS step1, step2, step3, step4, step5, v1, v2, prompt, tensor_cores
 #endif

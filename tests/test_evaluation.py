@@ -1,6 +1,7 @@
 """What the bench commands measure, checked against a second way to count it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -18,7 +19,7 @@ from minipaged.attention.contiguous import contiguous_attention
 from minipaged.attention.paged import prepare
 from minipaged.engine.builder import EngineOptions, load_engine
 from minipaged.errors import ConfigurationError, InvalidRequestError
-from minipaged.evaluation import kernel
+from minipaged.evaluation import cost_check, kernel
 from minipaged.evaluation.arrivals import SPREAD, draw_lengths
 from minipaged.evaluation.cost_check import check_cost_model
 from minipaged.evaluation.kernel import DecodeShape, measure_kernels
@@ -61,8 +62,9 @@ def test_the_conversations_of_mooncake():
     trace = read_block_trace(MOONCAKE)
     result = replay(trace, None)
     assert (result.requests, result.hits, result.blocks) == (12_031, 105_710, 288_500)
-    rates = [replay(trace, size).hit_rate for size in (1_000, 10_000, 50_000)]
+    rates = [replay(trace, size).hit_rate for size in (1_000, 30_000)]
     assert rates == sorted(rates)
+    assert rates[-1] < result.hit_rate
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,9 @@ def test_paging_serves_more_at_a_time_than_reservations_do():
     assert all(run.tokens_per_second > 0 and run.latency > 0 for run in runs)
 
 
-def test_the_cost_model_is_compared_with_the_engine():
+def test_the_cost_model_is_compared_with_the_engine(monkeypatch):
+    measured = functools.partial(cost_check.measure_machine, seconds=0.1)
+    monkeypatch.setattr(cost_check, "measure_machine", measured)
     machine, times = check_cost_model("tiny", "torch", [(2, 1, 63), (2, 40, 0)])
     assert machine.read_bandwidth > 1e8
     assert machine.operations > 1e8

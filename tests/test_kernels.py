@@ -24,7 +24,6 @@ from minipaged.attention.batch import PagedBatch
 from minipaged.attention.contiguous import contiguous_attention
 from minipaged.attention.kernels import (
     DECODING,
-    PROMPT,
     KernelAttention,
     KernelCacheOperations,
     Launch,
@@ -37,7 +36,6 @@ from minipaged.memory.kv_cache import KVCache, KVCacheShape
 
 EXACT_SIZES = (6, 16, 40)  # 3, 8 and 20 chunks of a row: idle lanes, none, more than 16
 HEAD_SIZES = (64, 80, 96, 128, 256)
-VERSIONS = (*DECODING, *PROMPT)
 GPU_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Half a unit in the last place, relative.
 ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -48,16 +46,16 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_gpu])]
 
 def exact_kernels(dtypes, head_sizes):
     """The float64 instances of all sizes in one build."""
-    return build.emulated_kernels((torch.float64,), EXACT_SIZES, (*DECODING, "prompt"))
+    return build.emulated_kernels((torch.float64,), EXACT_SIZES)
 
 
 def typed_kernels(dtypes, head_sizes):
     """The instances that a GPU runs, in one build, on the CPU."""
-    return build.emulated_kernels(GPU_TYPES, HEAD_SIZES, VERSIONS)
+    return build.emulated_kernels(GPU_TYPES, HEAD_SIZES)
 
 
 def compile_for(device):
-    return typed_kernels if device == "cpu" else lambda t, h: build.cuda_kernels(t, h, VERSIONS)
+    return typed_kernels if device == "cpu" else lambda t, h: build.cuda_kernels(t, h)
 
 
 @st.composite

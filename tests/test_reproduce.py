@@ -152,7 +152,7 @@ def test_prefix_hashes_of_a_trace_drive_the_prefix_cache(tmp_path):
 
 def test_the_block_size_is_chosen_from_the_trade_off(tmp_path):
     plot = tmp_path / "sizes.svg"
-    options = ["--rate", "90", "--dataset", "alpaca", "--seconds", "10", "--plot", str(plot)]
+    options = ["--rate", "90", "--dataset", "alpaca", "--seconds", "1", "--plot", str(plot)]
     result = CliRunner().invoke(app, ["tune-block-size", *options])
     assert result.exit_code == 0, result.output
     assert "<svg" in plot.read_text()

@@ -759,7 +759,7 @@ def test_real_process_groups():
 
 # 18.5: what it costs
 
-BLOCK_SIZE, NUM_BLOCKS = 2, 12
+BLOCK_SIZE, NUM_BLOCKS = 2, 15
 
 
 @st.composite

@@ -36,8 +36,6 @@ CPP_TYPES = {
     torch.bfloat16: "bfloat16_t",
 }
 
-# What the engine runs; the steps on the way there are for those who learn and test.
-ENGINE = ("v1", "v2", "prompt", "tensor_cores")
 
 # torch forbids in CUDA sources what numbers of 16 bits need here: T(0.0f), float(x), a + b.
 ALLOWED = [
@@ -114,12 +112,11 @@ def head_size_fits(head_size: int, dtype: torch.dtype) -> None:
 def emulated_kernels(
     dtypes: tuple[torch.dtype, ...],
     head_sizes: tuple[int, ...],
-    versions: tuple[str, ...] = ENGINE,
     checked: bool = True,
 ) -> Any:
     """The kernels for these types and head sizes, compiled for the CPU (cuda_on_cpu.h)."""
     find_compiler()
-    flags = [*EMULATED_FLAGS, *instances(dtypes, head_sizes, versions)]
+    flags = [*EMULATED_FLAGS, *instances(dtypes, head_sizes)]
     if not checked:
         flags.append("-DUNCHECKED")
     sources = [SOURCES / "paged_attention.cu", SOURCES / "binding.cpp"]
@@ -141,15 +138,11 @@ def native_attention() -> Any:
 
 
 @functools.cache
-def cuda_kernels(
-    dtypes: tuple[torch.dtype, ...],
-    head_sizes: tuple[int, ...],
-    versions: tuple[str, ...] = ENGINE,
-) -> Any:
+def cuda_kernels(dtypes: tuple[torch.dtype, ...], head_sizes: tuple[int, ...]) -> Any:
     """The kernels for these types and head sizes, compiled for the GPU of this machine."""
     find_nvcc()
     major, minor = torch.cuda.get_device_capability()
-    flags = nvcc_flags(dtypes, head_sizes, [f"sm_{major}{minor}"], versions)
+    flags = nvcc_flags(dtypes, head_sizes, [f"sm_{major}{minor}"])
     return load(
         "minipaged_cuda",
         [SOURCES / "binding.cpp"],
@@ -172,10 +165,7 @@ def instances(
 
 
 def nvcc_flags(
-    dtypes: Sequence[torch.dtype],
-    head_sizes: Sequence[int],
-    architectures: Sequence[str],
-    versions: Sequence[str] = (),
+    dtypes: Sequence[torch.dtype], head_sizes: Sequence[int], architectures: Sequence[str]
 ) -> list[str]:
     """Flags for nvcc, behind those of torch.
 
@@ -183,7 +173,7 @@ def nvcc_flags(
     """
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
     # To nvcc a comma separates values of one flag, unless it is escaped.
-    chosen = [flag.replace(",", r"\,") for flag in instances(dtypes, head_sizes, versions)]
+    chosen = [flag.replace(",", r"\,") for flag in instances(dtypes, head_sizes)]
     return ["-O3", *ALLOWED, *targets, *chosen]
 
 

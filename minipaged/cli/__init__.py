@@ -5,6 +5,8 @@ Errors that are the input's fault are one sentence on standard error and exit co
 
 from __future__ import annotations
 
+import gc
+
 import typer
 
 from minipaged.cli import bench_machine, bench_parallel, bench_serve  # noqa: F401  (for bench)
@@ -45,3 +47,5 @@ def main() -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    finally:
+        gc.freeze()  # else Python looks through all of torch for garbage before it ends: 0.4 s
