@@ -77,6 +77,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
     def new_sequence(self, tokens):
+        self.add(tokens)
+
+    @some_sequence
+    @rule(which=which, blocks=st.integers(1, 4))
+    def new_sequence_that_begins_alike(self, which, blocks):
+        """Of full blocks, all of which may be known: and one token is to be computed."""
+        self.add(self.history[self.pick(which)][: blocks * self.manager.block_size])
+
+    def add(self, tokens):
         """It begins with what the prefix cache knows, if there is one, and computes the rest."""
         manager, device = self.manager, self.manager.device
         known = manager.cached_prefix(tokens)
