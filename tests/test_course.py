@@ -15,7 +15,7 @@ from command import minipaged
 from typer.testing import CliRunner
 
 from minipaged.cli import app
-from minipaged.course.bundle import write_autograder
+from minipaged.course.bundle import write_autograder, write_bundle
 from minipaged.course.grading import Grader
 from minipaged.course.lesson import LessonError, find_lesson, find_task, parse_numbers, read_lesson
 from minipaged.course.narration import Narrated, Story, story
@@ -386,3 +386,32 @@ def test_hidden_tests_that_would_count_for_nothing(tmp_path, text, share, messag
     assert not folder.exists(), "what is wrong is said before anything is written"
     with pytest.raises(LessonError, match=message):
         Grader([find_lesson(3)], tmp_path, share)
+
+
+def test_what_cannot_be_tested_here_is_said(tmp_path, monkeypatch, capfd):
+    """Two tasks of lesson 17 need a server's packages; without them they are not merely open."""
+    shutil.copytree(find_lesson(17).folder, tmp_path / "lessons" / find_lesson(17).name)
+    monkeypatch.setenv("MINIPAGED_LESSONS", str(tmp_path / "lessons"))
+    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('no fastapi')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run("lesson", "start", "17")
+    assert run("lesson", "test", "17.4").exit_code == 1
+    assert "tasks 17.4 and 17.5 need pip install" in capfd.readouterr().out
+
+
+def test_commands_in_an_assignment_touch_one_lesson_and_one_copy_of_a_file(tmp_path, monkeypatch):
+    """Lessons 6 and 7 both ask for scheduler.py; it lies in the folder of lesson 6, for both."""
+    folder = tmp_path / "bundle"
+    chosen = [find_lesson(6), find_lesson(7)]
+    write_bundle(chosen, folder)
+    monkeypatch.setenv("MINIPAGED_LESSONS", str(folder / "lessons"))
+    monkeypatch.setattr("minipaged.course.substitution.assigned", lambda: [6, 7])
+    home = folder / "lessons" / chosen[0].name
+    shared, policy = home / "scheduler.py", home / "policy.py"
+    for path in (shared, policy):
+        path.write_text("my work")
+    assert "is yours to complete" not in run("lesson", "start", "7").output
+    assert not (folder / "lessons" / chosen[1].name / "scheduler.py").exists()
+    assert run("lesson", "reset", "7", "--yes").exit_code == 0
+    assert policy.read_text() == "my work", "it is lesson 6's alone"
+    assert "Task 7.5" in shared.read_text()

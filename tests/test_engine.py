@@ -1,5 +1,6 @@
 """T4, scheduling invariance, and T5, no leaks: the whole engine in float64 against the oracle."""
 
+import copy
 import dataclasses
 import itertools
 import operator
@@ -25,6 +26,7 @@ from minipaged.engine.builder import EngineOptions, build_engine
 from minipaged.engine.trace import Trace
 from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.request.sampling_params import SamplingParams
+from minipaged.request.sequence import Sequence
 
 
 @given(workload=workloads(backends=("torch", "torch", "reference", "native", "emulated")))
@@ -133,6 +135,7 @@ def engine_of(**options):
         ([1, VOCAB], {}, f"token {VOCAB} of prompt is outside the vocabulary.* 0 to {VOCAB - 1}"),
         ([-1], {}, "token -1 of prompt"),
         ([1.0], {}, "token 1.0 of prompt"),
+        ([True], {}, "token True of prompt"),
         ([1], {"stop_token_ids": [99]}, "token 99 of stop_token_ids"),
         ([1] * CONTEXT, {}, f"the prompt has {CONTEXT} tokens and the model's context {CONTEXT}"),
         ([1] * 33, {"max_tokens": 1}, "may need 9 blocks of 4 tokens and the whole pool has 8"),
@@ -364,6 +367,7 @@ def test_records_follow_the_cache():
     [
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"block_size": 0, "num_blocks": None}, "block_size is 0"),
+        ({"block_size": 0, "preemption": "swap", "swap_space_gib": 1}, "block_size is 0"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "below max_num_seqs 9"),
         ({"attention": "flash"}, "no attention 'flash'"),
@@ -389,3 +393,46 @@ def test_the_pool_is_sized_from_the_budget():
     # No more than max_num_seqs contexts of 64 tokens can use.
     engine = engine_of(num_blocks=None, kv_cache_gib=1, max_num_seqs=3)
     assert engine.scheduler.manager.device.num_blocks == 3 * 64 // 4
+
+
+def test_an_end_token_that_the_vocabulary_lacks():
+    decoder = copy.copy(tiny_decoder())
+    config = dataclasses.replace(decoder.config, eos_token_ids=(10**6,))
+    decoder.config = decoder.whole_config = config
+    engine = build_engine(decoder, None, EngineOptions(num_blocks=20))
+    engine.add_request("a", [1, 2], SamplingParams(min_tokens=2, max_tokens=3))
+    while engine.has_unfinished_requests:
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("window", "memory_policy", "num_blocks", "n"),
+    [(8, "paged", 8, 1), (None, "orca-oracle", 5, 1), (None, "orca-pow2", 12, 2)],
+)
+def test_without_max_tokens_every_pool_is_a_limit(window, memory_policy, num_blocks, n):
+    options = EngineOptions(block_size=4, num_blocks=num_blocks, memory_policy=memory_policy)
+    engine = build_engine(tiny_decoder(0, window), None, options)
+    engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=None, n=n, ignore_eos=True))
+    while engine.has_unfinished_requests:
+        (output,) = engine.step()
+    most = len(output.outputs[0].token_ids)
+    with pytest.raises(InvalidRequestError, match="may need"):
+        engine.add_request("b", [1, 2, 3], SamplingParams(max_tokens=most + 1, n=n))
+
+
+def test_beams_report_the_logprobs_of_the_model():
+    params = {"temperature": 0, "min_tokens": 4, "max_tokens": 4, "logprobs": VOCAB}
+    engine = engine_of()
+    engine.add_request("greedy", [1, 2, 5], SamplingParams(**params))
+    engine.add_request("beam", [1, 2, 5], SamplingParams(**params, use_beam_search=True))
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+    greedy, beam = (output.outputs[0].logprobs for output in outputs)
+    assert [list(each) for each in beam] == [list(each) for each in greedy]
+
+
+def test_no_two_keys_have_one_stream():
+    """NumPy fills plain numbers up with zeros, and cuts large ones into several."""
+    keys = [(0,), (0, 0), (0, 1), (0, 0, 0), (0, 1, 0), (2**32, 0), (1, 0), (0, 0, 1)]
+    keys.append((2**32, 0, 0))
+    assert len({Sequence(0, [1], key).random.random() for key in keys}) == len(keys)

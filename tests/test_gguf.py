@@ -85,6 +85,11 @@ def write_gguf(path, decoder, architecture="llama", pre="default", model="gpt2")
     writer.close()
 
 
+def test_llama_3_begins_with_its_token(decoder, tmp_path):
+    write_gguf(tmp_path / "model.gguf", decoder, pre="llama-bpe")
+    assert GGUFFile(tmp_path / "model.gguf").tokenizer().encode("abc") == [0, 259]
+
+
 @pytest.fixture(scope="module")
 def decoder():
     torch.manual_seed(0)

@@ -409,6 +409,7 @@ def test_solutions_are_not_refused(tmp_path, lesson):
         ("from collections.abc import Iterator", False),
         ("import collections.abc", False),
         ("def f(p, name): return getattr(p, name, 0)", False),
+        ("def f(input): return input + 1", False),
         ("x = getattr(1, '_ended', None)", False),
         ("x = getattr(f, '__globals__')", True),
         ("name = '__globals__'; x = getattr(f, name)", True),
@@ -594,3 +595,33 @@ def test_the_autograder_runs_as_gradescope_runs_it(tmp_path, hidden):
         report = json.loads(results.read_text())
         assert report["score"] == score
         assert sum(test["max_score"] for test in report["tests"]) == 100
+
+
+def test_an_autograder_installs_what_the_tests_of_its_lessons_import(tmp_path):
+    write_autograder([find_lesson(17)], tmp_path / "source")
+    setup = (tmp_path / "source" / "setup.sh").read_text()
+    assert "'torch>=" in setup
+    assert "'fastapi>=" in setup
+
+
+def test_a_task_none_of_whose_tests_can_be_run_is_not_graded(tmp_path, monkeypatch):
+    original = Grader._write_tests
+
+    def without_fastapi(self, lesson):
+        original(self, lesson)
+        with open(self.bundle / "conftest.py", "a") as file:
+            file.write("import sys\nsys.modules['fastapi'] = None\n")
+
+    monkeypatch.setattr(Grader, "_write_tests", without_fastapi)
+    with pytest.raises(LessonError, match=r"no test of task 17\.4 can be run here"):
+        Grader([find_lesson(17)]).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("line", "mark"), [("from pytest import mark", "mark"), ("import pytest as pt", "pt.mark")]
+)
+def test_hidden_tests_may_import_pytest_as_they_like(tmp_path, line, mark):
+    text = f"{line}\n\n@{mark}.task('3.1')\ndef test_it():\n    pass\n"
+    (tmp_path / "test_hidden.py").write_text(text)
+    with Grader([LESSON], tmp_path) as grader:
+        assert grader.blank("x").tasks[0].hidden

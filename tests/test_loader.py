@@ -84,8 +84,10 @@ def test_types(checkpoint):
 
 
 def test_end_tokens_come_from_both_files(checkpoint):
-    (checkpoint.path / "generation_config.json").write_text('{"eos_token_id": [5, 1]}')
-    assert load_decoder(checkpoint.path)[0].config.eos_token_ids == (1, 5)
+    for more, ends in (("[5, 1]", (1, 5)), ("0", (1, 0)), ("null", (1,))):
+        file = checkpoint.path / "generation_config.json"
+        file.write_text(f'{{"eos_token_id": {more}}}')
+        assert load_decoder(checkpoint.path)[0].config.eos_token_ids == ends
 
 
 def test_a_missing_tensor(checkpoint):
@@ -138,7 +140,20 @@ def test_a_header_that_lies(checkpoint):
 def test_a_shard_that_is_missing(checkpoint):
     index = {"weight_map": {KEY: "model-00001-of-00002.safetensors"}}
     (checkpoint.path / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_decoder(checkpoint.path)  # from the whole file beside it
+    (checkpoint.path / "model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match=r"lists model-00001-of-00002.safetensors, which is"):
+        load_decoder(checkpoint.path)
+
+
+def test_what_else_lies_beside_the_model(checkpoint):
+    save_file({"surprise": torch.zeros(3)}, checkpoint.path / "adapter_model.safetensors")
+    load_decoder(checkpoint.path)
+
+
+def test_a_head_of_its_own_beside_a_tied_embedding(checkpoint):
+    edit_config(checkpoint.path, tie_word_embeddings=True)
+    with pytest.raises(ModelLoadError, match=r"'lm_head.weight' is not that of the embedding"):
         load_decoder(checkpoint.path)
 
 
@@ -158,6 +173,10 @@ def test_pickles_are_refused(tmp_path, name):
         ({"model_type": None}, "type None"),
         ({"hidden_act": "swiglu2"}, "activation 'swiglu2'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling of type 'yarn'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "yarn"}},
+            "rotary scaling of type 'yarn'",
+        ),
         ({"quantization_config": {"bits": 4}}, "is quantized"),
         ({"num_attention_heads": 3}, "3 query heads cannot share 2"),
         ({"num_hidden_layers": 3}, "lacks tensor 'layers.2"),
@@ -178,6 +197,20 @@ def test_opt_350m_is_refused(options):
         read_config(opt)
 
 
+def test_a_projection_of_no_size_is_none():
+    opt = {"model_type": "opt", "hidden_size": 8, "word_embed_proj_dim": None}
+    with pytest.raises(ModelLoadError, match="has no '"):  # the next thing that it lacks
+        read_config(opt)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}]
+)
+def test_a_gpt2_that_scales_otherwise_is_refused(options):
+    with pytest.raises(ModelLoadError, match="scales its attention in its own way"):
+        read_config({"model_type": "gpt2", **options})
+
+
 def test_a_config_that_lacks_a_field():
     with pytest.raises(ModelLoadError, match="has no 'num_attention_heads', which llama needs"):
         read_config({"model_type": "llama"})
@@ -192,6 +225,9 @@ def test_sliding_windows():
 
     assert window() == (20, 32)
     assert window(sliding_window=None) == (None, 32)
+    unsaid = {name: value for name, value in config.items() if name != "sliding_window"}
+    long = unsaid | {"max_position_embeddings": 9000}
+    assert read_config(long)[0].sliding_window == 4096, "as transformers has it"
     qwen = {"model_type": "qwen2", "use_sliding_window": True}
     assert window(**qwen | {"use_sliding_window": False}) == (None, 32)
     layers = config["num_hidden_layers"]

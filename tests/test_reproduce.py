@@ -162,3 +162,10 @@ def test_the_block_size_is_chosen_from_the_trade_off(tmp_path):
     speeds = {size: outcome.tokens_per_second for size, outcome in outcomes.items()}
     assert speeds[256] < 0.9 * speeds[16], "short sequences waste most of a large block"
     assert chosen == max(s for s in speeds if speeds[s] >= 0.99 * max(speeds.values()))
+
+
+def test_who_refuses_is_said_for_each_policy():
+    result = CliRunner().invoke(app, ["simulate", "--n", "8", "--seconds", "20"])
+    assert result.exit_code == 0, result.output
+    assert "orca-max: 35 refused" in result.output
+    assert "paged: " not in result.output

@@ -121,3 +121,12 @@ class TestErrors:
     def test_the_policies_are_those_of_the_paper(self):
         assert sorted(RESERVATIONS) == ["orca-max", "orca-oracle", "orca-pow2", "static"]
         assert issubclass(ReservationManager, BlockManager)
+
+
+@pytest.mark.parametrize("memory_policy", sorted(RESERVATIONS))
+def test_the_default_pool_has_a_run_for_a_whole_context(memory_policy):
+    """A context of 64 tokens takes 6 blocks of 12, and these a run of 8."""
+    options = EngineOptions(block_size=12, max_num_seqs=1, memory_policy=memory_policy)
+    engine = build_engine(tiny_decoder(), None, options)
+    engine.add_request("a", [1] * 30, SamplingParams(max_tokens=34))
+    assert engine.scheduler.manager.device.num_blocks == 8

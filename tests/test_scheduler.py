@@ -458,3 +458,15 @@ def test_a_swapped_prompt_waits_until_the_rest_of_it_fits():
     while second.request_id in requests.living:
         requests.step()
     assert scheduler.num_preemptions == 1
+
+
+def test_auto_counts_what_a_sliding_window_dropped():
+    manager = BlockManager(4, 50, 50, sliding_window=8)
+    sequence = Sequence(0, range(201))
+    for _ in range(200):  # of the 50 blocks that were computed 2 are held
+        manager.append(0, 1)
+        manager.mark_computed(0, sequence.token_ids)
+    sequence.num_computed_tokens = 200
+    preemption = Preemption("auto", PreemptionCosts(move_block=10, compute_token=1))
+    preemption.preempt(SequenceGroup("a", [sequence], SamplingParams(), 0), manager)
+    assert preemption.num_swaps == 1

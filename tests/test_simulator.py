@@ -178,6 +178,13 @@ class TestArrivals:
             next(poisson_requests("news", 1, 10, 2048, 0))
 
 
+def test_the_mean_batch_is_littles_law():
+    """What runs on average is the rate times the time in the system, idle times included."""
+    requests = [TimedRequest(100.0 * i, 50, 20) for i in range(30)]
+    outcome = Simulation(System(), SMALL).run(requests)
+    assert outcome.batch == pytest.approx(outcome.latency * 20 / 100, rel=1e-6)
+
+
 class TestErrors:
     def test_requests_that_run_back(self):
         requests = [TimedRequest(1.0, 5, 5), TimedRequest(0.5, 5, 5)]
@@ -198,6 +205,9 @@ class TestErrors:
             read_deployment(path)
         path.write_text(json.dumps({**entry, "kv_slots": 0}))
         with pytest.raises(ConfigurationError, match="kv_slots is 0; it must be a number above 0"):
+            read_deployment(path)
+        path.write_text(json.dumps({**entry, "kv_slots": 4e5}))
+        with pytest.raises(ConfigurationError, match=r"kv_slots is 400000.0; it must be a whole"):
             read_deployment(path)
         path.write_text(json.dumps(entry))
         with pytest.raises(ConfigurationError, match=r"describes no deployment: .*kv_slots"):

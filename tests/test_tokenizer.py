@@ -133,6 +133,34 @@ def test_a_piece_costs_the_same_however_long_the_text(tiny):
     assert sum(lengths) / len(lengths) < 10
 
 
+def test_lengths_of_a_training_are_forgotten(tmp_path, tiny):
+    backend = tokenizers.Tokenizer.from_str(tiny.backend.to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "And so to bed. " * 5
+    assert Tokenizer.from_directory(tmp_path).encode(text) == tiny.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}x{% endfor %}", "x"),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "é"),
+        ("{% if tools is not none or documents is not none %}no{% endif %}x", "x"),
+        ("{{ messages[0].content | tojson(ensure_ascii=False) }}", '"é"'),
+    ],
+)
+def test_what_templates_use(tiny, template, text):
+    tokenizer = Tokenizer(tiny.backend, template)
+    assert tokenizer.render_chat([{"role": "user", "content": "é"}] * 2) == text
+
+
+def test_a_template_that_adds_what_cannot_be_added(tiny):
+    with pytest.raises(InvalidRequestError, match="refuses the conversation"):
+        Tokenizer(tiny.backend, "{{ 'a' + 1 }}").render_chat([{"role": "user", "content": ""}])
+
+
 def directory_with(tmp_path, **files):
     for name, content in files.items():
         path = tmp_path / name.replace("__", ".")
@@ -142,6 +170,25 @@ def directory_with(tmp_path, **files):
 
 VOCAB = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4, "Ġ": 5, "Ġab": 6}
 MERGES = "#version: 0.2\na b\nĠ ab\n"
+
+
+def test_the_two_files_do_not_make_qwens_tokenizer(tmp_path):
+    files = {"vocab__json": VOCAB, "merges__txt": MERGES, "config__json": {"model_type": "qwen2"}}
+    with pytest.raises(ModelLoadError, match=r"vocab.json and merges.txt only"):
+        Tokenizer.from_directory(directory_with(tmp_path, **files))
+
+
+def test_options_of_the_two_files(tmp_path):
+    path = directory_with(
+        tmp_path,
+        vocab__json=VOCAB,
+        merges__txt=MERGES,
+        config__json={"model_type": "gpt2"},
+        tokenizer_config__json={"add_bos_token": True, "add_prefix_space": True},
+        special_tokens_map__json={"bos_token": "<s>"},
+        added_tokens__json={"<pad>": 7},
+    )
+    assert Tokenizer.from_directory(path).encode("ab<pad>") == [0, 6, 7]
 
 
 @pytest.mark.parametrize(("family", "expected"), [("gpt2", [4, 6]), ("opt", [1, 4, 6])])

@@ -431,6 +431,23 @@ def test_a_swapped_group_does_not_begin_anew():
     assert sequence.num_computed_tokens == 4, "A has computed 4 tokens, and keeps them"
 
 
+@pytest.mark.task("11.3")
+@pytest.mark.parametrize(("salt", "found"), [(b"", 0), (b"b", 0), (b"a", 4)])
+def test_only_a_prefix_of_the_same_salt_is_adopted(salt, found):
+    story.begin("somebody with the salt b'a' has computed the first 4 tokens of B's prompt")
+    manager = BlockManager(2, 8, prefix_cache=PrefixCache(2, seed=0))
+    manager.append(0, 4)
+    manager.mark_computed(0, [0, 1, 2, 3], b"a")
+    sequence = Sequence(1, range(6), cache_salt=salt)
+    group = SequenceGroup("B", [sequence], SamplingParams(), 1)
+    story.tell(f"# B's cache_salt is {salt}", pool_told(manager))
+    assert begin(Scheduler(manager, 4, 4), group, 0)
+    computed = sequence.num_computed_tokens
+    assert computed == found, (
+        f"{found} tokens are known to who has the salt {salt}, and {computed} were adopted"
+    )
+
+
 @functools.cache
 def alone(prompt, max_tokens, model):
     """What a request writes when it is served alone, without chunks and without a cache."""

@@ -749,6 +749,21 @@ def test_what_was_computed_is_known_to_the_prefix_cache():
 
 
 @pytest.mark.task("15.5")
+def test_what_was_computed_is_known_to_its_own_salt_only():
+    life = Life(Workload((), 2, 12, 8, 8, prefix_caching=True), "one prompt with two salts")
+    for request_id, salt, found in (("0", b"a", 0), ("1", b"b", 0), ("2", b"a", 4)):
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        life.engine.add_request(request_id, [1, 2, 3, 4, 5, 6], params, cache_salt=salt)
+        story.tell(f'engine.add_request("{request_id}", ..., cache_salt={salt})')
+        (output,) = life.step()
+        assert output.num_cached_tokens == found, (
+            f"{found} tokens of the prompt are known to who has the salt {salt}, and the output "
+            f"says {output.num_cached_tokens}: manager.mark_computed takes the sequence's "
+            "cache_salt, and state.num_cached_tokens is what was computed before the first step"
+        )
+
+
+@pytest.mark.task("15.5")
 def test_an_end_token_ends_the_output():
     requests = tuple(Request((token,), {"max_tokens": 12, "seed": token}) for token in range(12))
     life = Life(Workload(requests, 2, 90, 12, 12), f"tokens {EOS} end an output")

@@ -43,10 +43,11 @@ def start(number: Number) -> None:
     from minipaged.course.lesson import all_lessons, find_lesson
     from minipaged.course.notebooks import notebook_of
     from minipaged.course.progress import Progress
+    from minipaged.course.substitution import own_place
 
     lesson, progress = find_lesson(number), Progress.load()
     for file in lesson.files:
-        own = lesson.own_file(file)
+        own = own_place(lesson, file)
         if own.exists():
             print(f"{shown(own)} is there already, and left as it is")
         else:
@@ -68,7 +69,8 @@ def run_tests_of(
     """Test your files of a lesson, or of one task; ends with 0 if everything passes."""
     from minipaged.course.lesson import find_lesson, find_task, parse_numbers
     from minipaged.course.progress import Progress
-    from minipaged.course.substitution import own_files
+    from minipaged.course.submission import suspicious
+    from minipaged.course.substitution import assigned, own_files
     from minipaged.course.testing import run_tests
 
     if "." in number:
@@ -80,9 +82,12 @@ def run_tests_of(
     if not tasks:
         print(f"lesson {lesson.number} has nothing to test: read and run its notebook")
         return
-    own_files([lesson])  # says so if there are none
+    files = own_files([lesson])  # says so if there are none
     task = number if "." in number else None
     outcome = run_tests(lesson, task, "-q", *(["--tb=long"] if verbose else []))
+    for file in lesson.files if assigned() else ():  # an assignment is graded
+        if wrong := suspicious(files[file], lesson.stub(file).read_text("utf-8")):
+            print(f"\nThis would be refused when it is graded: {wrong}")
     progress = Progress.load()
     progress.note(lesson, outcome)
     done = all(outcome.score(lesson).get(n) == lesson.task(n).points for n in tasks)
@@ -128,7 +133,8 @@ def diff(
     from minipaged.course.substitution import own_files
 
     lesson = find_lesson(number)
-    files = own_files([lesson])
+    whole = own_files([lesson])  # of an assignment those of its other lessons, too
+    files = {file: whole[file] for file in lesson.files}
     if not (stub or yes or Progress.load().is_done(lesson)):
         typer.confirm("Your lesson is not done, and this shows the solution.  Go on?", abort=True)
     for file, own in files.items():
@@ -145,7 +151,8 @@ def reset(number: Number, yes: Yes = False) -> None:
     from minipaged.course.substitution import own_files
 
     lesson = find_lesson(number)
-    files = own_files([lesson])
+    whole = own_files([lesson])  # of an assignment those of its other lessons, too
+    files = {file: whole[file] for file in lesson.files}
     if not files:
         raise LessonError(f"lesson {number} has no files to begin anew: nothing is written in it")
     if not yes:

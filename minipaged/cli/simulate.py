@@ -165,9 +165,15 @@ def simulate(
     real = sum(outcome.real for outcome in outcomes.values())
     first = next(iter(outcomes.values()))
     console.print(
-        f"simulated: {first.requests} requests for each memory policy, {tokens / real:,.0f} tokens "
-        f"per second of this machine; {first.refused} were too long and refused"
+        f"simulated: {first.requests + first.refused} requests for each memory policy, "
+        f"{tokens / real:,.0f} tokens per second of this machine"
     )
+    for memory, outcome in outcomes.items():
+        if outcome.refused:
+            console.print(
+                f"{memory}: {outcome.refused} refused, which need more than the context, the "
+                "memory or --max-num-seqs"
+            )
     if prefix_cache and "paged" in outcomes:
         hits = outcomes["paged"].hit_tokens
         console.print(f"{hits:,} tokens of prompts were found in the prefix cache")

@@ -123,7 +123,9 @@ def instructions(lessons: Sequence[Lesson]) -> str:
         "```",
         "",
         "Read `lesson.ipynb` in the folder of each lesson.  Hand in a folder or a zip with your",
-        "files, under the names that they have above.",
+        "files, under the names that they have above.  A file may import what its stub imports,",
+        "and plain modules of Python such as `math` and `itertools`; one that imports anything",
+        "else is refused.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -168,6 +170,7 @@ exec env PYTHONPATH=/autograder/source /autograder/venv/bin/python -m minipaged.
 
 SMALL = ["pytest", "pytest-timeout", "hypothesis", "numpy", "tomli"]
 LARGE = ["torch>=2.6,<2.14", "safetensors", "tokenizers", "jaxtyping", "jinja2", "typer", "rich"]
+SERVING = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.21", "httpx>=0.27"]
 
 
 def check_hidden(lessons: Sequence[Lesson], hidden: Path | None, hidden_share: float) -> None:
@@ -203,7 +206,9 @@ def write_autograder(
     }
     (folder / CONFIGURATION).write_text(json.dumps(configuration) + "\n", "utf-8")
     kernels = any(file.startswith("cuda/") for lesson in lessons for file in lesson.files)
-    requirements = SMALL + (LARGE if needs_torch(lessons) else [])
+    modules = imported(lessons)
+    requirements = SMALL + (LARGE if "torch" in modules else [])
+    requirements += SERVING if "fastapi" in modules else []
     quoted = " ".join(f"'{name}'" for name in requirements)
     setup = SETUP.format(packages="g++ ninja-build" if kernels else "", requirements=quoted)
     for name, text in (("setup.sh", setup), ("run_autograder", RUN)):
@@ -212,16 +217,19 @@ def write_autograder(
         path.chmod(0o755)
 
 
-def needs_torch(lessons: Sequence[Lesson]) -> bool:
-    """Whether the tests of these lessons, or what they import, import torch."""
+def imported(lessons: Sequence[Lesson]) -> set[str]:
+    """All modules that the tests of these lessons import, and what those import."""
     files = [str(path) for lesson in lessons for path in lesson.folder.glob("test_*.py")]
     code = (
         "import runpy, sys; sys.path.insert(0, sys.argv[1])\n"
         "for file in sys.argv[2:]: runpy.run_path(file)\n"
-        "sys.exit('torch' in sys.modules)"
+        "print(*sys.modules)"
     )
     command = [sys.executable, "-c", code, str(ROOT / "tests"), *files]
-    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode != 0
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise LessonError(f"the tests cannot be imported here: {done.stderr[-1000:]}")
+    return set(done.stdout.split())
 
 
 def make_zip(folder: Path) -> Path:

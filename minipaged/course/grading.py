@@ -191,7 +191,7 @@ class Grader:
 
     def _canary(self, number: str, like: str) -> str:
         """Tests of this task that fail, called like one of its own."""
-        text = ""
+        text = "\n\nimport pytest\n"  # whatever the file itself calls it
         for body in random.sample(CANARIES, 3):
             name = f"{like}_{secrets.token_hex(4)}"
             self._canaries.add(name)
@@ -225,7 +225,13 @@ class Grader:
             raise LessonError(
                 f"tests of lesson {lesson.number} are broken: {outcomes['broken'][0]}"
             )
-        return {number: list(cases) for number, cases in outcomes["outcomes"].items()}
+        expected = {number: list(cases) for number, cases in outcomes["outcomes"].items()}
+        if untested := [number for number, cases in expected.items() if not cases]:
+            raise LessonError(
+                f"no test of task {untested[0]} can be run here; is something not installed? "
+                f"pytest says: {done.stdout[-2000:]}"
+            )
+        return expected
 
     def _arguments(self, lesson: Lesson, own: Path) -> list[str]:
         """For pytest; `own` is the folder of the lesson among those of all, or of its stubs."""

@@ -91,6 +91,7 @@ class LessonRun:
         }
         self._looping: set[str] = set()  # tasks of which a test came to no end
         self.broken: list[str] = []  # test files that could not be imported
+        self.skipped: list[str] = []  # why others were left out
         config.option.reportchars = ""  # the table of tasks says it better
 
     def pytest_collection_modifyitems(
@@ -197,10 +198,14 @@ class LessonRun:
         """Keep that a test file could not be imported: none of its tests will be seen."""
         if report.failed:
             self.broken.append(str(report.longrepr).strip().splitlines()[-1])
+        elif report.skipped and isinstance(report.longrepr, tuple):
+            self.skipped.append(report.longrepr[2])
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """A line for every task."""
         terminalreporter.section(f"lesson {self.lesson.number}: {self.lesson.title}")
+        for why in self.skipped:
+            terminalreporter.write_line(why)
         for number in self.outcomes:
             task = self.lesson.task(number)
             score = self.score(task)

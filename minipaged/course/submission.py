@@ -25,7 +25,7 @@ SAFE_MODULES = _words(
     "functools heapq itertools math numbers operator random statistics string textwrap time typing"
 )
 FORBIDDEN_NAMES = _words(
-    "__import__ __builtins__ breakpoint compile delattr eval exec exit globals input locals open "
+    "__import__ __builtins__ breakpoint compile delattr eval exec exit globals locals open "
     "quit setattr vars"
 )
 FORBIDDEN_ATTRIBUTES = _words(

@@ -126,17 +126,24 @@ def own_files(lessons: Sequence[Lesson]) -> dict[str, Path]:
     others = [find_lesson(n) for n in assigned() if n not in {ours.number for ours in lessons}]
     for lesson in [*others, *lessons]:
         for file in lesson.files:
-            # One file serves all lessons of an assignment that ask for it.
-            homes = [lesson, *(other for other in others if file in other.files)]
-            places = [home.own_file(file) for home in homes]
-            path = next((place for place in places if place.exists()), None)
-            if path is None:
+            path = own_place(lesson, file)
+            if not path.exists():
                 raise LessonError(
-                    f"lesson {lesson.number} has not begun: found no {places[0]}; "
+                    f"lesson {lesson.number} has not begun: found no {path}; "
                     f"`minipaged lesson start {lesson.number}` makes it"
                 )
             files[file] = path
     return files
+
+
+def own_place(lesson: Lesson, file: str) -> Path:
+    """Where the learner's file is, or is to be: in the lesson's folder.
+
+    One file serves all lessons of an assignment that ask for it, wherever it lies.
+    """
+    others = [other for other in map(find_lesson, assigned()) if file in other.files]
+    places = [home.own_file(file) for home in (lesson, *others)]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def whose(thing: object) -> str:

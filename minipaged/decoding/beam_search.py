@@ -78,10 +78,10 @@ class BeamSearch:
         """The best continuations of all beams, enough that `width` of them are no ends."""
         if logits.dtype != torch.float64:
             logits = logits.float()
-        logprobs = torch.log_softmax(logits, dim=-1)
+        self.logprobs = logprobs = torch.log_softmax(logits, dim=-1)
         if self.length <= self.params.min_tokens:
+            logprobs = logprobs.clone()
             logprobs[:, list(self.end_token_ids)] = -math.inf
-        self.logprobs = logprobs
         before = torch.tensor(
             self.cumulative_logprobs, dtype=logprobs.dtype, device=logprobs.device
         )

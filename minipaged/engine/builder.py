@@ -23,6 +23,7 @@ from minipaged.engine.engine import Engine
 from minipaged.engine.model_runner import ModelRunner
 from minipaged.errors import ConfigurationError
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.buddy_allocator import run_length
 from minipaged.memory.kv_cache import KVCache, KVCacheShape
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.reservation import ReservationManager
@@ -79,7 +80,8 @@ class EngineOptions:
         replaying the step as a CUDA graph.
     tensor_parallel_size: ranks among which the model is divided; None is as many as torchrun
         started, or 1.  The others than rank 0 are started here where there is no torchrun.
-    debug: fill freed blocks with NaN and check every invariant after every step.
+    debug: fill freed blocks with NaN, and check the block tables that the kernels are given;
+        `Engine.check_integrity` asserts the other invariants.
     """
 
     dtype: str | torch.dtype = "auto"
@@ -238,6 +240,8 @@ def block_manager(
 
 def cache_shape(config: ModelConfig, num_blocks: int, block_size: int) -> KVCacheShape:
     """Sizes of the cache for this model."""
+    if block_size < 1:
+        raise ConfigurationError(f"block_size is {block_size}; it must be at least 1")
     return KVCacheShape(
         config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim
     )
@@ -282,8 +286,6 @@ def blocks_within_budget(
 
     ranks_here: ranks that share this machine's memory.
     """
-    if options.block_size < 1:
-        raise ConfigurationError(f"block_size is {options.block_size}; it must be at least 1")
     if options.max_num_seqs < 1:
         raise ConfigurationError(f"max_num_seqs is {options.max_num_seqs}; it must be at least 1")
     budget = default_cache_memory(options.attention, ranks_here)
@@ -297,6 +299,8 @@ def blocks_within_budget(
             f"{bytes_per_block / 2**20:.2f} MiB; raise kv_cache_gib or lower block_size"
         )
     blocks_per_context = -(-config.context_length // options.block_size)
+    if options.memory_policy != "paged":
+        blocks_per_context = run_length(blocks_per_context)
     return int(min(affordable, options.max_num_seqs * blocks_per_context))
 
 

@@ -119,6 +119,7 @@ class Simulation:
         while following is not None or self.scheduler.has_unfinished:
             if not self.scheduler.has_unfinished:
                 assert following is not None
+                self._totals.add_step(max(0.0, following.arrival - self.clock), 0)  # nobody runs
                 self.clock = max(self.clock, following.arrival)
             following = self._admit(following, pending)
             if self.scheduler.has_unfinished:

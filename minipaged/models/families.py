@@ -30,8 +30,11 @@ def _activation(name: str) -> Activation:
 
 
 def _rope(config: dict[str, Any]) -> RopeConfig:
-    """From `rope_theta` and `rope_scaling`, or `rope_parameters`, which holds both."""
-    options = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """From `rope_theta` and `rope_scaling`, or `rope_parameters`, which holds both.
+
+    Of a file with both kinds the first counts, as in transformers: somebody added it.
+    """
+    options = config.get("rope_scaling") or config.get("rope_parameters") or {}
     theta = options.get("rope_theta") or config.get("rope_theta") or 10_000.0
     kind = options.get("rope_type") or options.get("type") or "default"
     if kind == "default":
@@ -96,7 +99,7 @@ def _llama(config: dict[str, Any]) -> ModelConfig:
 
 
 def _mistral(config: dict[str, Any]) -> ModelConfig:
-    return _llama_like(config, qkv_bias=False, window=config.get("sliding_window"))
+    return _llama_like(config, qkv_bias=False, window=config.get("sliding_window", 4096))
 
 
 def _qwen2(config: dict[str, Any]) -> ModelConfig:
@@ -122,7 +125,7 @@ def _num_windowed_layers(config: dict[str, Any]) -> int:
 
 
 def _opt(config: dict[str, Any]) -> ModelConfig:
-    if config.get("word_embed_proj_dim", config["hidden_size"]) != config["hidden_size"]:
+    if (config.get("word_embed_proj_dim") or config["hidden_size"]) != config["hidden_size"]:
         raise ModelLoadError(
             f"this OPT projects its embeddings (word_embed_proj_dim "
             f"{config['word_embed_proj_dim']}, hidden_size {config['hidden_size']}), as only "
@@ -160,6 +163,12 @@ def _opt(config: dict[str, Any]) -> ModelConfig:
 
 
 def _gpt2(config: dict[str, Any]) -> ModelConfig:
+    for name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if config.get(name, usual) is not usual:
+            raise ModelLoadError(
+                f"this GPT-2 scales its attention in its own way ({name} is {config[name]}), and "
+                "that is not supported; choose another one"
+            )
     heads, hidden = config["n_head"], config["n_embd"]
     return ModelConfig(
         family="gpt2",

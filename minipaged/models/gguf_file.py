@@ -158,7 +158,7 @@ class GGUFFile:
             for name in ("bos", "eos")
             if f"{name}_token_id" in metadata
         }
-        if metadata.get("add_bos_token"):
+        if metadata.get("add_bos_token", pre == "llama-bpe"):  # LLaMA 3's need not say it
             bos = special["bos_token"]
             backend.post_processor = tokenizers.processors.TemplateProcessing(
                 single=f"{bos} $A", special_tokens=[(bos, metadata["bos_token_id"])]

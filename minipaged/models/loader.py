@@ -76,7 +76,8 @@ def _open_directory(path: Path) -> Checkpoint:
     config, layout = read_config(description)
     generation = path / "generation_config.json"
     if generation.exists():
-        more = _read_json(generation).get("eos_token_id") or []
+        more = _read_json(generation).get("eos_token_id")
+        more = [] if more is None else more
         ends = (*config.eos_token_ids, *(more if isinstance(more, list) else [more]))
         config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
     stored = description.get("dtype") or description.get("torch_dtype") or "float32"

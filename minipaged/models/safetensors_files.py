@@ -46,6 +46,9 @@ class SafetensorsFiles:
 
 
 def _find_files(directory: Path) -> list[Path]:
+    whole = directory / "model.safetensors"
+    if whole.exists():  # what else lies there is an adapter, or another form of the same
+        return [whole]
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:

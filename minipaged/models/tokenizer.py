@@ -12,11 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from minipaged.errors import InvalidRequestError, ModelLoadError
+
+
+class Generation(Extension):
+    """`{% generation %}`, by which some templates mark for a training what the model said."""
+
+    tags = {"generation"}  # noqa: RUF012  (the name is that of the base class)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What stands between the tags, as if they were not there."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Tokenizer:
@@ -61,19 +75,21 @@ class Tokenizer:
                 "the model has no chat template; give it a plain prompt, or choose a model that "
                 "was trained to chat"
             )
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value, **kwargs: json.dumps(
-            value, ensure_ascii=False, **kwargs
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
             return environment.from_string(self.chat_template).render(
                 messages=messages,
+                tools=None,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # the second of adding None to text, say
             raise InvalidRequestError(
                 f"the model's chat template refuses the conversation: {error}"
             ) from error
@@ -81,29 +97,43 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer | None:
         """The tokenizer of a Hugging Face directory; None if it has no file for one."""
-        options = _read_json(directory / "tokenizer_config.json")
+        options = _read_json(directory / "special_tokens_map.json")
+        options |= _read_json(directory / "tokenizer_config.json")
         special = {
             name: value["content"] if isinstance(value, dict) else value
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
             if (value := options.get(name)) is not None
         }
-        backend = _find_backend(directory, special)
+        backend = _find_backend(directory, options, special)
         if backend is None:
             return None
         return cls(backend, _find_chat_template(directory, options), special)
 
 
-def _find_backend(directory: Path, special: dict[str, str]) -> tokenizers.Tokenizer | None:
+def _find_backend(
+    directory: Path, options: dict[str, Any], special: dict[str, str]
+) -> tokenizers.Tokenizer | None:
     whole = directory / "tokenizer.json"
     if whole.exists():
         try:
-            return tokenizers.Tokenizer.from_file(str(whole))
+            backend = tokenizers.Tokenizer.from_file(str(whole))
         except Exception as error:  # the library raises bare Exceptions
             raise ModelLoadError(f"{whole} is no tokenizer that can be read: {error}") from error
+        # Many files keep the lengths of a training; a prompt here is whole, and nothing but it.
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     if vocab.exists() and merges.exists():
         family = _read_json(directory / "config.json").get("model_type")
-        return _byte_level_bpe(vocab, merges, special, prepend_bos=family == "opt")
+        if family not in ("gpt2", "opt"):
+            raise ModelLoadError(
+                f"{directory} has its tokenizer as vocab.json and merges.txt only, which say all "
+                "of GPT-2's and OPT's; convert it to tokenizer.json by saving it once with "
+                "transformers"
+            )
+        added = _read_json(directory / "added_tokens.json")
+        return _byte_level_bpe(vocab, merges, added, family == "opt", options, special)
     if (directory / "tokenizer.model").exists():
         raise ModelLoadError(
             f"{directory} has its tokenizer as tokenizer.model only; convert it to tokenizer.json "
@@ -113,18 +143,24 @@ def _find_backend(directory: Path, special: dict[str, str]) -> tokenizers.Tokeni
 
 
 def _byte_level_bpe(
-    vocab: Path, merges: Path, special: dict[str, str], prepend_bos: bool
+    vocab: Path,
+    merges: Path,
+    added: dict[str, int],
+    is_opt: bool,
+    options: dict[str, Any],
+    special: dict[str, str],
 ) -> tokenizers.Tokenizer:
-    """The tokenizer of GPT-2 and OPT from its two files."""
+    """The tokenizer of GPT-2 or OPT from its two files, and from what others add to them."""
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    prefix_space = options.get("add_prefix_space", False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     backend.decoder = decoders.ByteLevel()
     known = backend.get_vocab()
-    backend.add_special_tokens(
-        [token for token in dict.fromkeys(special.values()) if token in known]
-    )
-    if prepend_bos:
-        bos = special.get("bos_token", "</s>")
+    names = dict.fromkeys(("<|endoftext|>", *special.values()))
+    backend.add_special_tokens([token for token in names if token in known])
+    backend.add_special_tokens(sorted(added, key=added.__getitem__))
+    if options.get("add_bos_token", is_opt):
+        bos = special.get("bos_token", "</s>" if is_opt else "<|endoftext|>")
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, known[bos])]
         )
@@ -143,6 +179,10 @@ def _find_chat_template(directory: Path, options: dict[str, Any]) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise_exception(message: str) -> None:

@@ -46,6 +46,8 @@ def fill(
     stored = {layout.strip_prefix(name): name for name in source.shapes()}
     _check_names(decoder, layout, stored)
     tied = decoder.config.tie_word_embeddings
+    if tied and "lm_head.weight" in stored:
+        _check_tied(decoder, source, layout, stored)
     for path, module in list(decoder.named_modules()):
         if tied and path == "lm_head":
             continue
@@ -89,6 +91,21 @@ def _check_names(decoder: Decoder, layout: Layout, stored: dict[str, str]) -> No
         raise ModelLoadError(
             f"the checkpoint has {_listed(extra)}, which a {decoder.config.family} model with "
             "this config.json does not have; the result would not be that model"
+        )
+
+
+def _check_tied(
+    decoder: Decoder, source: TensorSource, layout: Layout, stored: dict[str, str]
+) -> None:
+    """A head beside a tied embedding must be the same: it may have been trained apart."""
+    (embedding,) = layout.sources("embed_tokens.weight")
+    rows = slice(decoder.vocabulary.start, decoder.vocabulary.stop)
+    part = (rows, slice(decoder.config.hidden_size))
+    head, tokens = (source.read(stored[n], part) for n in ("lm_head.weight", embedding))
+    if not torch.equal(head, tokens):
+        raise ModelLoadError(
+            f"tensor {stored['lm_head.weight']!r} is not that of the embedding, though config.json "
+            "says tie_word_embeddings; set it to false there if the head was trained"
         )
 
 

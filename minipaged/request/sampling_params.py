@@ -78,7 +78,7 @@ class SamplingParams:
         self._check_types()
         inf = math.inf
         self._check_range("temperature", 0, 1e6, "0 is greedy")
-        self._check_range("top_k", -1, inf, "0 or -1 keeps every token")
+        self._check_range("top_k", -1, 2**31 - 1, "0 or -1 keeps every token")
         self._check_range("top_p", 0, 1, "1 keeps every token", open_below=True)
         self._check_range("min_p", 0, 1, "0 keeps every token")
         self._check_range("repetition_penalty", 0.01, 100, "1 changes nothing")

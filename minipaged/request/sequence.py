@@ -69,7 +69,9 @@ class Sequence:
     def random(self) -> np.random.Generator:
         """A stream of its own, one draw per token: what others do cannot change its tokens."""
         if self._random is None:
-            self._random = np.random.default_rng(self._random_key)
+            # As a path, since plain numbers are filled up with zeros: (0, 1) would be (0, 1, 0).
+            seed, *path = self._random_key
+            self._random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=path))
         return self._random
 
     def fork(self, seq_id: SequenceId, random_key: tuple[int, ...] = (0,)) -> Sequence:

@@ -65,9 +65,11 @@ class Preemption:
         if self.mode == "swap":
             return True
         # Every block goes out and comes back; shared blocks hold tokens of several sequences,
-        # and are computed once as well.
+        # and are computed once as well.  Behind a sliding window nothing is shared, and what was
+        # dropped is computed again.
         tokens = sum(sequence.num_computed_tokens for sequence in group.sequences)
-        tokens = min(tokens, blocks * manager.block_size)
+        if manager.sliding_window is None:
+            tokens = min(tokens, blocks * manager.block_size)
         return 2 * blocks * self.costs.move_block < tokens * self.costs.compute_token
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.context_length = context_length
-        self.eos_token_ids = eos_token_ids
+        # A configuration may name an end token that the vocabulary, which was cut, has no more.
+        self.eos_token_ids = tuple(i for i in eos_token_ids if 0 <= i < vocab_size)
         self.seed = seed
         self.timings = Timings()
         self.observers: list[Callable[[StepRecord], None]] = []
@@ -161,7 +163,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one iteration; returns the requests that got a token, as they stand now.
 
-        If it raises, in the model or by an interrupt, all requests are aborted.
+        If it raises, all requests are aborted.  A Ctrl-C may fall into that, and leave it half
+        done: enter `Interrupt` around the steps, as `LLM.generate` does.
         """
         raise NotImplementedError("Task 15.5: Engine.step is still to be written")
 
@@ -207,7 +210,8 @@ class Engine:
             raise InvalidRequestError("the prompt is empty; give it at least one token")
         for name, ids in (("prompt", token_ids), ("stop_token_ids", params.stop_token_ids)):
             for token_id in ids:
-                if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+                is_whole = isinstance(token_id, int) and not isinstance(token_id, bool)
+                if not is_whole or not 0 <= token_id < self.vocab_size:
                     raise InvalidRequestError(
                         f"token {token_id!r} of {name} is outside the vocabulary; "
                         f"it must be a whole number from 0 to {self.vocab_size - 1}"
@@ -224,13 +228,15 @@ class Engine:
         room = self.context_length - num_prompt_tokens
         if params.max_tokens is not None:
             return min(params.max_tokens, room)
-        manager = self.scheduler.manager
-        if manager.sliding_window is not None:
-            return room
-        # Without a wish the pool is a limit too.  The full blocks of the prompt are shared.
-        shared = num_prompt_tokens // manager.block_size
-        each = shared + max(0, manager.device.num_blocks - shared) // params.width
-        return max(1, min(room, each * manager.block_size + 1 - num_prompt_tokens))
+        manager, budget = self.scheduler.manager, self.scheduler.max_num_batched_tokens
+
+        def is_too_much(max_tokens: int) -> bool:
+            num_tokens = num_prompt_tokens + max_tokens - 1
+            needed = manager.most_blocks(num_prompt_tokens, num_tokens, params.width, budget)
+            return needed > manager.device.num_blocks
+
+        # Without a wish the pool is a limit too.
+        return max(1, bisect_left(range(1, room + 1), True, key=is_too_much))
 
     def _mark_computed(self, plan: StepPlan) -> list[Completion]:
         """Count the tokens of a step that is done; returns the outputs that get a token."""

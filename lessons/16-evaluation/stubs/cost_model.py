@@ -200,6 +200,10 @@ def read_deployment(path: Path) -> Deployment:
         for name, number in numbers:
             if not isinstance(number, (int, float)) or isinstance(number, bool) or number <= 0:
                 raise ValueError(f"{name} is {number!r}; it must be a number above 0")
+        counts = ("num_layers", "hidden", "kv_hidden", "context_length", "num_gpus", "kv_slots")
+        for name, number in numbers:
+            if name in counts and not isinstance(number, int):
+                raise ValueError(f"{name} is {number!r}; it must be a whole number, such as 400000")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
