@@ -5,7 +5,6 @@ takes less.
 """
 
 import atexit
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,8 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
-from minipaged.course.proof import PRELOADED, call_forked
-from minipaged.course.testing import PLUGINS
+from minipaged.course.proof import call_forked, forked
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
 
@@ -63,8 +61,6 @@ class Forked:
     """
 
     def __init__(self, function, *arguments, environment, inherits=False):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, *PLUGINS])
         if inherits:
             outputs = os.dup(1), os.dup(2)
         else:
@@ -74,9 +70,7 @@ class Forked:
             outputs = writable, os.dup(self._stderr.fileno())
         # Connections, for those find their way into another process.
         outputs = [Connection(output, readable=False) for output in outputs]
-        call = (function, arguments, environment, outputs)
-        self._process = context.Process(target=_call, args=call)
-        self._process.start()
+        self._process = forked(_call, (function, arguments, environment, outputs))
         self.pid = self._process.pid
         for output in outputs:
             output.close()

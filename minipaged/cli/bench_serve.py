@@ -86,6 +86,7 @@ def serve(
     """
     import numpy as np
 
+    from minipaged.evaluation import report
     from minipaged.evaluation.arrivals import check_rate, check_workload
 
     with needs_extra("bench serve", "serving"):
@@ -138,8 +139,6 @@ def serve(
         runs.append(run)
         load_report.show_run(console, run)
         if json_file is not None:  # after every rate, so that an interrupt loses none of them
-            from minipaged.evaluation import report  # and torch, which a client does not need
-
             workload = {"dataset": dataset} if trace is None else {"trace": trace.name}
             report.write_json(json_file, runs, model=endpoint.model, **workload, seed=seed)
         return run

@@ -70,7 +70,7 @@ def run_tests_of(
     from minipaged.course.lesson import find_lesson, find_task, parse_numbers
     from minipaged.course.progress import Progress
     from minipaged.course.submission import suspicious
-    from minipaged.course.substitution import assigned, own_files
+    from minipaged.course.substitution import assigned
     from minipaged.course.testing import run_tests
 
     if "." in number:
@@ -82,11 +82,11 @@ def run_tests_of(
     if not tasks:
         print(f"lesson {lesson.number} has nothing to test: read and run its notebook")
         return
-    files = own_files([lesson])  # says so if there are none
+    files = own_files_of(lesson)  # says so if there are none
     task = number if "." in number else None
     outcome = run_tests(lesson, task, "-q", *(["--tb=long"] if verbose else []))
-    for file in lesson.files if assigned() else ():  # an assignment is graded
-        if wrong := suspicious(files[file], lesson.stub(file).read_text("utf-8")):
+    for file, own in files.items() if assigned() else ():  # an assignment is graded
+        if wrong := suspicious(own, lesson.stub(file).read_text("utf-8")):
             print(f"\nThis would be refused when it is graded: {wrong}")
     progress = Progress.load()
     progress.note(lesson, outcome)
@@ -130,11 +130,9 @@ def diff(
     """How your files differ from the reference: to read when you are done."""
     from minipaged.course.lesson import ROOT, find_lesson
     from minipaged.course.progress import Progress
-    from minipaged.course.substitution import own_files
 
     lesson = find_lesson(number)
-    whole = own_files([lesson])  # of an assignment those of its other lessons, too
-    files = {file: whole[file] for file in lesson.files}
+    files = own_files_of(lesson)
     if not (stub or yes or Progress.load().is_done(lesson)):
         typer.confirm("Your lesson is not done, and this shows the solution.  Go on?", abort=True)
     for file, own in files.items():
@@ -148,11 +146,9 @@ def diff(
 def reset(number: Number, yes: Yes = False) -> None:
     """Begin a lesson anew; what you had is kept beside it as a backup."""
     from minipaged.course.lesson import LessonError, find_lesson
-    from minipaged.course.substitution import own_files
 
     lesson = find_lesson(number)
-    whole = own_files([lesson])  # of an assignment those of its other lessons, too
-    files = {file: whole[file] for file in lesson.files}
+    files = own_files_of(lesson)
     if not files:
         raise LessonError(f"lesson {number} has no files to begin anew: nothing is written in it")
     if not yes:
@@ -189,6 +185,14 @@ def progress() -> None:
 def _points(known: Progress, lesson: Lesson, number: str) -> str:
     points = known.points.get(number)
     return "not tested" if points is None else f"{points:g} of {lesson.task(number).points}"
+
+
+def own_files_of(lesson: Lesson) -> dict[str, Path]:
+    """Those of this lesson alone; of an assignment the others must be there, too."""
+    from minipaged.course.substitution import own_files
+
+    files = own_files([lesson])
+    return {file: files[file] for file in lesson.files}
 
 
 def free_name(path: Path) -> Path:

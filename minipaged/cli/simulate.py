@@ -89,6 +89,7 @@ def simulate(
     use_lessons(lessons)
     from typing import get_args
 
+    from minipaged.evaluation import report
     from minipaged.evaluation.arrivals import (
         TimedRequest,
         check_rate,
@@ -178,8 +179,6 @@ def simulate(
         hits = outcomes["paged"].hit_tokens
         console.print(f"{hits:,} tokens of prompts were found in the prefix cache")
     if json_file is not None:
-        from minipaged.evaluation import report  # and torch, which a simulation does not need
-
         report.write_json(json_file, list(outcomes.values()), policies=list(outcomes))
 
 

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from _pytest.config import default_plugins
@@ -84,15 +85,21 @@ def run_forked(
         return (code if code is not None and code >= 0 else None), said
 
 
-def call_forked(function: Callable[..., None], arguments: tuple, seconds: int) -> int | None:
-    """Exit code of a function in a fork of a process that has imported what takes long.
-
-    None if it was still at work after so many seconds, and had to be ended.
-    """
+def forked(function: Callable[..., None], arguments: tuple) -> ForkServerProcess:
+    """A function at work in a fork of a process that has imported what takes long."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, *PLUGINS])
     process = context.Process(target=function, args=arguments)
     process.start()
+    return process
+
+
+def call_forked(function: Callable[..., None], arguments: tuple, seconds: int) -> int | None:
+    """Exit code of a function in such a fork.
+
+    None if it was still at work after so many seconds, and had to be ended.
+    """
+    process = forked(function, arguments)
     process.join(seconds)
     if process.is_alive():
         process.kill()

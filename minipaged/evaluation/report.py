@@ -9,28 +9,30 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.evaluation.cost_check import Machine, StepTime
-from minipaged.evaluation.host_overhead import HostOverhead
-from minipaged.evaluation.kernel import KernelTime
-from minipaged.evaluation.kernel_resources import KernelResources
-from minipaged.evaluation.latency import Latency
-from minipaged.evaluation.memory_policies import PolicyRun
-from minipaged.evaluation.parallel import ParallelRun
-from minipaged.evaluation.perplexity import Loss
-from minipaged.evaluation.prefix_replay import Replay
-from minipaged.evaluation.scheduler_cost import SchedulerCost
-from minipaged.evaluation.sharing import Sharing
-from minipaged.evaluation.throughput import Measurement
+if TYPE_CHECKING:
+    from minipaged.evaluation.cost_check import Machine, StepTime
+    from minipaged.evaluation.host_overhead import HostOverhead
+    from minipaged.evaluation.kernel import KernelTime
+    from minipaged.evaluation.kernel_resources import KernelResources
+    from minipaged.evaluation.latency import Latency
+    from minipaged.evaluation.memory_policies import PolicyRun
+    from minipaged.evaluation.parallel import ParallelRun
+    from minipaged.evaluation.perplexity import Loss
+    from minipaged.evaluation.prefix_replay import Replay
+    from minipaged.evaluation.scheduler_cost import SchedulerCost
+    from minipaged.evaluation.sharing import Sharing
+    from minipaged.evaluation.throughput import Measurement
 
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
+    import torch  # which takes long, and who prints a table has no need of it
+
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
