@@ -853,14 +853,19 @@ def test_whoever_is_cancelled_while_adding_leaves_nothing(when):
 def test_an_abort_does_not_overtake_the_last_output():
     story.begin("A has ended, and its last output is on its way to an event loop that is busy")
     engine = small_engine()
+    held = Held(engine)
 
     async def scene(served):
-        stream = await soon(served.add([new("A", SHORT)]), "add waits for ever")
+        try:
+            stream = await soon(served.add([new("A", SHORT)]), "add waits for ever")
+            await held.in_a_step()
+        finally:
+            held.go_on()
         wait_without_turning(lambda: not engine.has_unfinished_requests)
         served.abort(stream)
         story.tell("served.abort(stream of A)")
-        wait_without_turning(lambda: not served._calls)
-        time.sleep(0.02)  # the call has been taken, and is made
+        # What is asked after it is answered after it; the event loop stands still until then.
+        served._question(id).result(PATIENCE)
         (got,) = await soon(
             stream.finished(), "A's client was never told that A has ended: it was forgotten first"
         )
