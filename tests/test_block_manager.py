@@ -83,7 +83,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(which=which, blocks=st.integers(1, 4))
     def new_sequence_that_begins_alike(self, which, blocks):
         """Of full blocks, all of which may be known: and one token is to be computed."""
-        self.add(self.history[self.pick(which)][: blocks * self.manager.block_size])
+        prompt = self.history[self.pick(which)][: blocks * self.manager.block_size]
+        if prompt:  # a fork of nothing has none yet
+            self.add(prompt)
 
     def add(self, tokens):
         """It begins with what the prefix cache knows, if there is one, and computes the rest."""
