@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ from minipaged.course.stubs import (
     write_solution,
 )
 from minipaged.course.substitution import Files, substitute
-from minipaged.course.testing import LEAN, PLUGINS, TestOutcome, pytest_arguments
+from minipaged.course.testing import PLUGINS, WITHOUT, TestOutcome, pytest_arguments
 
 FEWEST_BUGS = 6
 PRELOADED = [
@@ -49,6 +50,8 @@ PRELOADED = [
     "minipaged.cli",
     "minipaged.serving.server",
     "minipaged.distributed.processes",
+    *PLUGINS,
+    "minipaged.course.warm_up",
 ]
 
 
@@ -77,7 +80,7 @@ def run_forked(
     files: what takes the place of files of the package there.
     Returns its exit code, None if it had to be ended, and what it said.
     """
-    arguments = [*arguments, "-q", "--tb=native", *LEAN]
+    arguments = [*arguments, "-q", "--tb=native", *WITHOUT]
     with tempfile.TemporaryDirectory() as folder:
         order = (arguments, dict(files or {}), profile, folder, _hypothesis_folder())
         code = call_forked(_run_pytest, order, seconds)
@@ -88,7 +91,7 @@ def run_forked(
 def forked(function: Callable[..., None], arguments: tuple) -> ForkServerProcess:
     """A function at work in a fork of a process that has imported what takes long."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, *PLUGINS])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=function, args=arguments)
     process.start()
     return process
@@ -126,14 +129,16 @@ def _run_pytest(
     os.dup2(said, 2)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["HYPOTHESIS_PROFILE"] = profile
-    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = hypothesis_folder
     import pytest
     import torch
+    from hypothesis.configuration import set_hypothesis_home_dir
 
+    set_hypothesis_home_dir(hypothesis_folder)
     torch.set_num_threads(1)
     if files:
         substitute(files)
-    os._exit(pytest.main(arguments))
+    # Given as modules: by name, pytest would look for them among all that is installed.
+    os._exit(pytest.main(arguments, [importlib.import_module(name) for name in PLUGINS]))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,19 @@
+"""What the first Hypothesis test of a process finds out: here before the process is forked."""
+
+import warnings
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import HypothesisSideeffectWarning
+
+
+@settings(max_examples=1, database=None)
+@given(st.integers())
+def _any_test(_: int) -> None:
+    """Hypothesis looks through all modules for constants to draw."""
+
+
+with warnings.catch_warnings():
+    # That something is drawn before pytest begins is meant.
+    warnings.simplefilter("ignore", HypothesisSideeffectWarning)
+    _any_test()
