@@ -55,7 +55,7 @@ def kernel_resources(
     flags += nvcc_flags((dtype,), head_sizes, architectures)
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(
-            [nvcc, *flags, "-c", str(SOURCES / "paged_attention.cu"), "-o", "kernels.o"],
+            [nvcc, *flags, "-fatbin", str(SOURCES / "paged_attention.cu")],
             cwd=folder,
             capture_output=True,
             text=True,
