@@ -94,6 +94,12 @@ def test_logprobs(llm):
     assert llm.generate("ROMEO:")[0].outputs[0].logprobs is None
 
 
+@pytest.mark.parametrize("prompts", [5, None, b"ROMEO:", ["ROMEO:", None], [b"ROMEO:"]], ids=repr)
+def test_what_is_no_prompt(llm, prompts):
+    with pytest.raises(InvalidRequestError, match="it must be a text or a list of token ids"):
+        llm.generate(prompts)
+
+
 def test_one_bad_prompt_leaves_nothing_behind(llm):
     with pytest.raises(InvalidRequestError, match="the prompt is empty"):
         llm.generate(["ROMEO:", "", "JULIET:"])

@@ -38,6 +38,7 @@ from minipaged.request.sampling_params import SamplingParams
         ({"seed": -1}, "seed is -1"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
         ({"stop": [3]}, "a stop string is 3; it must be text"),
+        ({"stop": 3}, "stop is 3; it must be a text or a list of texts"),
         ({"stop_token_ids": [-1]}, "a stop token id is -1"),
         ({"stop_token_ids": 5}, "stop_token_ids is 5; it must be a list"),
         ({"stop_token_ids": ["</s>"]}, "a stop token id is '</s>'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequenced
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -125,7 +125,9 @@ class LLM:
 
 def _as_list(prompts: Prompt | Sequenced[Prompt]) -> list[Prompt]:
     """One prompt, as text or token ids, is a list of one."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        return [cast(Prompt, prompts)]
+    if len(prompts) and isinstance(prompts[0], (int, np.integer)):
         return [cast(Prompt, prompts)]
     return list(cast("Sequenced[Prompt]", prompts))
 

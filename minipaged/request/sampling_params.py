@@ -68,6 +68,10 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stop, (str, Iterable, type(None))):
+            raise InvalidRequestError(
+                f"stop is {self.stop!r}; it must be a text or a list of texts"
+            )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         if isinstance(self.stop_token_ids, (int, str)):

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
@@ -204,6 +204,10 @@ class Engine:
                     "not text"
                 )
             token_ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            raise InvalidRequestError(
+                f"a prompt is {prompt!r}; it must be a text or a list of token ids"
+            )
         else:
             token_ids = [int(t) if isinstance(t, np.integer) else t for t in prompt]
         if not token_ids:
