@@ -70,8 +70,8 @@ struct Access {
     uint32_t barriers = 0, warp_barriers = 0;
 };
 
-// What happened to 2 bytes of shared memory in this thread block.  Two readers are enough: if
-// one of them is the thread that writes next, the other one is not.
+// What happened to 2 bytes of shared memory in this thread block.  Two readers are enough, of two
+// warps if two have read since the last barrier: of whatever thread writes next, the other is not.
 struct Shadow {
     Access writer, readers[2];
 };
@@ -100,6 +100,15 @@ inline bool is_race(const Access& earlier, const Access& now) {
          " it, and no barrier is between them");
 }
 
+// Whether the last reader is to be kept beside the one of now, or gives way to it: the same
+// thread, or one of its warp while the other reader is of another.
+inline bool keeps_last(const Shadow& cell, const Access& now) {
+    const auto& [last, other] = cell.readers;
+    if (last.thread == now.thread) return false;
+    return last.thread / WARP != now.thread / WARP || other.thread / WARP == now.thread / WARP ||
+           !in_this_block(other) || other.barriers != now.barriers;
+}
+
 inline void note_read(size_t byte, size_t bytes, const char* array, int64_t index) {
     const Access now = access_now();
     for (size_t i = byte / 2; i < (byte + bytes) / 2; i++) {
@@ -108,7 +117,7 @@ inline void note_read(size_t byte, size_t bytes, const char* array, int64_t inde
             fail("reads " + std::string(array) + "[" + std::to_string(index) +
                  "] of shared memory, which nobody wrote");
         if (is_race(cell.writer, now)) race(array, index, cell.writer, true, false);
-        if (cell.readers[0].thread != now.thread) cell.readers[1] = cell.readers[0];
+        if (keeps_last(cell, now)) cell.readers[1] = cell.readers[0];
         cell.readers[0] = now;
     }
 }
@@ -129,24 +138,25 @@ inline void note_write(size_t byte, size_t bytes, const char* array, int64_t ind
 template <typename T>
 class Shared {
 public:
-    // One element: reading it and assigning to it are told apart.
+    // One element: reading it and assigning to it are told apart.  It cannot be kept, as `auto`
+    // would: it would be read when it is used, and not here.
     class Element {
     public:
         Element(const Shared& array, int64_t index) : array_(array), index_(index) {}
-        operator T() const {
+        operator T() const&& {
             const size_t byte = array_.byte(index_);
             cpu::note_read(byte, sizeof(T), array_.name_, index_);
             T value;
             memcpy(&value, reinterpret_cast<char*>(cpu::gpu.shared.data()) + byte, sizeof(T));
             return value;
         }
-        void operator=(T value) const {
+        void operator=(T value) const&& {
             const size_t byte = array_.byte(index_);
             cpu::note_write(byte, sizeof(T), array_.name_, index_);
             memcpy(reinterpret_cast<char*>(cpu::gpu.shared.data()) + byte, &value, sizeof(T));
         }
-        void operator=(const Element& other) const { *this = T(other); }
-        void operator+=(T value) const { *this = T(*this) + value; }
+        void operator=(const Element& other) const&& { array_[index_] = T(other.array_[other.index_]); }
+        void operator+=(T value) const&& { array_[index_] = T(array_[index_]) + value; }
 
     private:
         Shared array_;

@@ -14,7 +14,9 @@
 //   - what checked_memory.h finds: indices out of bounds, data races in shared memory, reads of
 //     shared memory that nobody wrote.
 //
-// It cannot see races between thread blocks, the rounding and speed of a GPU, and endless loops.
+// It cannot see races in global memory or of single bytes, that lanes meet in one helper called from
+// two places, what a __syncwarp of some lanes leaves unordered, the rounding and speed of a GPU, and
+// endless loops.
 // -DUNCHECKED leaves out the checks of checked_memory.h, for speed.
 #pragma once
 
@@ -64,6 +66,7 @@ private:
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -323,11 +326,16 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<voi
     if (gpu.num_threads < 1 || gpu.num_threads > 1024)
         throw std::runtime_error("a thread block has 1 to 1024 threads, not " +
                                  std::to_string(gpu.num_threads));
+    if (grid.x < 1 || grid.x > INT_MAX || grid.y < 1 || grid.y > 65535 || grid.z < 1 ||
+        grid.z > 65535)
+        throw std::runtime_error("a grid has 1 to 2^31 - 1 thread blocks in x, and 1 to 65,535 in "
+                                 "y and in z, not " + name(grid));
     gpu.error.clear();
     if (gpu.fibers.size() < size_t(gpu.num_threads)) gpu.fibers.resize(gpu.num_threads);
     gpu.shared_bytes = shared_bytes;
     gpu.shared.assign(shared_bytes / 8 + 2, 0);
-    for (unsigned i = 0, count = grid.x * grid.y * grid.z; i < count && gpu.error.empty(); i++) {
+    const uint64_t count = uint64_t(grid.x) * grid.y * grid.z;
+    for (uint64_t i = 0; i < count && gpu.error.empty(); i++) {
         blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
         run_block();
     }
@@ -346,7 +354,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<voi
 #define __syncthreads() cpu::sync_threads(__FILE__, __LINE__)
 #define __syncwarp(...) cpu::sync_warp(__FILE__, __LINE__ __VA_OPT__(, ) __VA_ARGS__)
 #define __shfl_sync(mask, value, source) \
-    cpu::shuffle("__shfl_sync", __FILE__, __LINE__, mask, value, source)
+    cpu::shuffle("__shfl_sync", __FILE__, __LINE__, mask, value, (source) & (cpu::WARP - 1))
 #define __shfl_xor_sync(mask, value, distance) \
     cpu::shuffle("__shfl_xor_sync", __FILE__, __LINE__, mask, value, \
                  cpu::gpu.thread % cpu::WARP ^ (distance))

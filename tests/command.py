@@ -108,6 +108,8 @@ def _call(function, arguments, environment, outputs):
     for number, output in enumerate(outputs, start=1):
         os.dup2(output.fileno(), number)
         output.close()
+    # Streams that know what these are: whether one can seek in it, say.
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # it was read when torch was imported

@@ -35,6 +35,7 @@ class FakeServer:
     one_at_a_time: the others queue, first come, first served.
     most: requests under way, above which others are refused with 429.
     per_chunk: tokens that come at once.
+    text: of each token, sent as it is and not escaped.
     fault: "silent", "cut", "no usage", "error", "garbage" or "no text", for every request whose
         number is a multiple of `every`, from `every` on.
     """
@@ -44,6 +45,7 @@ class FakeServer:
     one_at_a_time: bool = False
     most: int = 10**9
     per_chunk: int = 1
+    text: str = "x"
     fault: str = ""
     every: int = 1
     key: str = ""
@@ -107,7 +109,7 @@ class FakeServer:
                     count = min(self.per_chunk, left)
                     left -= count
                     served.tokens += [time.perf_counter()] * count
-                    text = "" if fault == "no text" else "x" * count
+                    text = "" if fault == "no text" else self.text * count
                     choice = {"text": text, "finish_reason": None if left else "length"}
                     yield event({"choices": [choice], "usage": None})
                     if fault == "cut":
@@ -130,4 +132,4 @@ class FakeServer:
 
 
 def event(content):
-    return f"data: {json.dumps(content)}\n\n"
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -195,6 +195,44 @@ def test_native_falls_back_with_one_warning(monkeypatch, caplog):
     assert "install g++" in message
 
 
+def test_native_falls_back_where_nothing_can_be_kept(monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/dev/null/extensions")
+    build.native_attention.cache_clear()
+    with caplog.at_level(logging.WARNING, "minipaged"):
+        assert isinstance(attention_backend("native"), GatheredAttention)
+    (message,) = caplog.messages
+    assert "cannot be kept in /dev/null/extensions" in message
+    assert "set TORCH_EXTENSIONS_DIR" in message
+
+
+@pytest.mark.slow
+def test_what_a_killed_linker_left_is_linked_again(monkeypatch, tmp_path):
+    """It writes the library in the end, and all at once as far as its name tells."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    build.find_compiler()
+    source = tmp_path / "one.cpp"
+    source.write_text(
+        "#include <pybind11/pybind11.h>\n"
+        'PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("one", [] { return 1; }); }\n'
+    )
+    folder = build._build_folder("one", [source], [])
+    folder.mkdir()
+    (folder / f"{folder.name}.so").touch()
+    assert build.load("one", [source], []).one() == 1
+    assert build.load("one", [source], []).one() == 1, "and once more, from what was kept"
+
+
+def test_what_is_made_for_one_processor_is_not_kept_for_another(monkeypatch):
+    sources = [build.SOURCES / "native_attention.cpp"]
+    here = [build._build_folder("x", sources, flags) for flags in ([], ["-march=native"])]
+    monkeypatch.setattr(build, "_processor", lambda: "another one")
+    there = [build._build_folder("x", sources, flags) for flags in ([], ["-march=native"])]
+    assert here[0] == there[0]
+    assert here[1] != there[1]
+
+
 def test_importing_compiles_nothing():
     code = "import minipaged.attention, sys; print('torch.utils.cpp_extension' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

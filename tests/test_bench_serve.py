@@ -108,6 +108,7 @@ def test_a_client_that_was_late_ends_with_exit_code_1(monkeypatch, capsys, tmp_p
     ("options", "message"),
     [
         (["--base-url", "http://127.0.0.1:9"], "nothing answers at http://127.0.0.1:9/v1/models"),
+        (["--base-url", "http://a..b"], "nothing answers at http://a..b/v1/models"),
         (["--rate", 0], "the rate is 0 requests per second"),
         (["--rates", "1,x"], "--rates is '1,x'"),
         (["--rates", "1,-2"], "the rate is -2 requests per second"),

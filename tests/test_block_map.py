@@ -87,6 +87,14 @@ def test_large_pools_and_long_tables_stay_short(num_blocks):
     assert "[0, 2, 4, 6, 8, 10, … 278 more …, 568, 570, 572, 574, 576, 578]" in text
 
 
+def test_how_many_used_blocks_are_left_out_is_said():
+    tables = tuple(TableRecord(i, str(i), (i,), 1) for i in range(600))
+    step = StepRecord(0, 0.1, StepPlan(), 16, 8192, tables, (), (), {}, {}, 0)
+    assert "only used blocks are shown, of 8192, and 88 more are used" in text_of(
+        bm.block_map(step)
+    )
+
+
 def test_many_sequences_have_names_of_their_own():
     tables = tuple(TableRecord(i, str(i), (i,), 1) for i in range(120))
     names = bm.letters(tables)

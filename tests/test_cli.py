@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -148,7 +150,7 @@ def test_ctrl_c_shows_what_there_is():
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "[0] ROMEO: |" in first + out
     assert "Block map at step" in out
     assert "Traceback" not in errors
@@ -168,6 +170,58 @@ def test_chat_reads_lines_until_the_end(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 4
+
+
+def test_chat_with_a_sliding_window(tmp_path):
+    """It frees the beginning of a sequence, so that nothing can be found there."""
+    from minipaged.models.loader import TINY
+
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    config = json.loads((TINY / "config.json").read_text("utf-8"))
+    config |= {"model_type": "mistral", "sliding_window": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    arguments = ("chat", "--model", tmp_path, "--max-tokens", 4, "--num-blocks", 12)
+    refused = minipaged(*arguments, text="Hello\n")
+    assert refused.returncode == 2
+    assert "--no-prefix-cache" in refused.stderr
+    assert minipaged(*arguments, "--no-prefix-cache", text="Hello\n").returncode == 0
+
+
+def test_nothing_to_trace(tmp_path):
+    done = minipaged("generate", "", "--trace-html", tmp_path / "trace.html")
+    assert done.returncode == 2
+    assert "the prompt is empty" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_prompt_that_is_no_text_harms_no_other():
+    done = minipaged("generate", "A\udcff", "ROMEO:", "--max-tokens", 3, "--num-blocks", 20)
+    assert done.returncode == 2
+    assert "not Unicode text" in done.stderr
+    assert "[1] ROMEO:" in done.stdout
+
+
+def test_where_the_steps_are_is_said_as_it_is(tmp_path):
+    page = tmp_path / "run[old].html"
+    done = minipaged(
+        *("generate", "ROMEO:", "--max-tokens", 3, "--num-blocks", 20, "--trace-html", page)
+    )
+    assert done.stdout.splitlines()[-1].endswith(str(page))
+    assert page.exists()
+
+
+def test_a_terminal_that_knows_ascii_only():
+    """What it cannot show is lost, and nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-m", "minipaged", "generate", "ROMEO:", "--max-tokens", "3"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"physical" in done.stdout or b"block" in done.stdout
 
 
 def test_throughput_of_a_workload_from_a_file(tmp_path):

@@ -663,3 +663,19 @@ def test_a_wrong_key_is_asked_for_again(server, browser):
     browser.press("Enter")
     browser.wait("document.querySelector('#connection').dataset.state === 'live'")
     assert KEY not in browser.ask("location.href") + " ".join(browser.requests)
+
+
+def test_what_is_new_since_steps_that_were_not_told_is_not_marked(server, browser):
+    log_in(browser, server[0])
+    for step, is_known in ((4, True), (9, False)):
+        frames = [{"step": number, "tables": [], "cached": []} for number in (3, step)]
+        browser.ask(f"seen.frames = {json.dumps(frames)}; seen.place = 1")
+        assert browser.ask("seen.before !== undefined") is is_known
+
+
+def test_a_new_connection_counts_tokens_from_nothing(server, browser):
+    log_in(browser, server[0])
+    browser.wait("newest && panels.rates.length > 0")
+    browser.ask("panels.rates = [[newest.at - 1, 1e6]]; newest = null; connection.open()")
+    browser.wait("newest && newest.about")
+    assert browser.ask("panels.rates.every(([, tokens]) => tokens < 1e6)")

@@ -29,6 +29,8 @@ from minipaged.evaluation.memory_policies import measure_policies
 from minipaged.evaluation.prefix_replay import read_block_trace, replay
 from minipaged.evaluation.sharing import PAPER, measure_sharing
 from minipaged.evaluation.sweep import paging_cost
+from minipaged.evaluation.throughput import run_engine
+from minipaged.evaluation.workload import WorkloadRequest
 from minipaged.request.sampling_params import SamplingParams
 
 MOONCAKE = Path(__file__).parents[2] / "shared" / "data" / "mooncake_conversation.jsonl"
@@ -150,6 +152,18 @@ def test_json_of_a_replay(tmp_path):
     assert [m["pool_blocks"] for m in measurements] == [2, None]
 
 
+def test_a_workload_has_to_fit_the_context():
+    """A request that the context cuts off would be timed for fewer tokens than it asks for."""
+    engine = load_engine("tiny", EngineOptions(num_blocks=100))
+    context = engine.context_length
+    assert run_engine(engine, [WorkloadRequest([1] * (context - 2), 2)]) > 0
+    workload = [WorkloadRequest([1] * 5, 5), WorkloadRequest([1] * (context - 2), 3)]
+    message = rf"request 2 has {context + 1} tokens, .* context has {context}; shorten"
+    with pytest.raises(InvalidRequestError, match=message):
+        run_engine(engine, workload)
+    assert not engine.has_unfinished_requests
+
+
 @pytest.mark.parametrize("attention", ["torch", "native"])
 def test_kernel_times_are_of_the_bytes_they_name(attention, monkeypatch):
     monkeypatch.setattr(kernel, "BYTES_IN_ALL", {"cpu": 2**20})
@@ -165,6 +179,21 @@ def test_kernel_times_are_of_the_bytes_they_name(attention, monkeypatch):
             2 * 3 * 40 * 2 * 16 * 4  # keys and values x sequences x tokens x heads x size x bytes
         )
         assert t.of_copy > 0
+
+
+def test_the_caches_of_the_kernel_bench_stay_within_their_bytes(monkeypatch):
+    """A context of one token still takes a whole block of every cache."""
+    sizes = []
+
+    def systems(shape, attention, query, caches, seed):
+        sizes.extend(pool.nbytes for pools in caches for pool in pools)
+        return {"nothing": lambda layer: query}
+
+    monkeypatch.setattr(kernel, "BYTES_IN_ALL", {"cpu": 2**20})
+    monkeypatch.setattr(kernel, "_systems", systems)
+    shape = DecodeShape(batch=3, context=1, heads=6, kv_heads=2, head_dim=16, block_size=256)
+    measure_kernels(shape, "torch", torch.float32, repeats=1)
+    assert 2**19 < sum(sizes) <= 2**20
 
 
 def test_the_cost_of_paging_is_that_of_each_way(monkeypatch, one_thread):

@@ -375,7 +375,8 @@ class TestBadInput:
 
     def test_the_emulator_says_where_a_table_leads_out_of_the_cache(self):
         batch = PagedBatch.from_lists(4, [1], [6], [[1, 9]])
-        cache = torch.zeros(5, 4, 1, 6, dtype=torch.float64)
+        # Of a pool with a second layer, in which the kernel of the first one has no business.
+        cache = KVCache(KVCacheShape(2, 5, 4, 1, 6), torch.float64).keys[0]
         query = torch.zeros(1, 1, 6, dtype=torch.float64)
         with pytest.raises(RuntimeError, match=r"keys\[\d+\] is out of bounds: it has 120 elem"):
             KernelAttention(exact_kernels)(batch)(query, cache, cache)
@@ -386,7 +387,9 @@ class TestBadInput:
             KernelAttention(exact_kernels)(batch)
 
 
-def test_an_array_ends_where_its_memory_does():
+def test_an_array_ends_with_its_last_element():
     memory = torch.zeros(10, 4)
     assert array(memory)[1] == 40
     assert array(memory[3:, 1:]) == (memory.data_ptr() + 4 * 13, 40 - 13)
+    assert array(memory[:2])[1] == 8, "what follows belongs to somebody else"
+    assert array(memory[:0])[1] == 0

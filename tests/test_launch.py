@@ -235,6 +235,39 @@ def test_the_others_end_with_rank_0():
             assert "RankDiedError" not in said
 
 
+SETS_BACK = """
+import os, signal
+from minipaged.distributed.parallel_runner import uninterrupted
+signal.signal(signal.SIGINT, getattr(signal, {before!r}))
+with uninterrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("the step is done", flush=True)
+print("and more")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "goes_on"),
+    [
+        ("SIG_DFL", -signal.SIGINT, False),
+        ("SIG_IGN", 0, True),
+        ("default_int_handler", -signal.SIGINT, False),
+    ],
+)
+def test_ctrl_c_in_a_step_does_what_it_would_have_done(before, code, goes_on):
+    """Later, when the step is done, and also where a program has no function for it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SETS_BACK.format(before=before)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=100,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines() == ["the step is done", "and more"][: 1 + goes_on]
+    assert ("KeyboardInterrupt" in done.stderr) == (before == "default_int_handler")
+
+
 # torchrun.
 
 

@@ -1,5 +1,7 @@
 """T10: every stub fails naming its own task, every planted bug is caught, the reference passes."""
 
+import re
+
 import pytest
 
 from minipaged.course.lesson import all_lessons
@@ -18,6 +20,13 @@ CHECKS = [
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_lesson_is_sound(check):
     check()
+
+
+@pytest.mark.parametrize("lesson", all_lessons(), ids=lambda lesson: lesson.folder.name)
+def test_a_lesson_names_the_sections_that_it_is_listed_under(lesson):
+    text = (lesson.folder / "lesson.md").read_text("utf-8")
+    said = re.search(r"The paper: sections? ((?:[\d.]*\d|,| |and)+)", text)[1]
+    assert re.findall(r"\d(?:\.\d)?", said) == re.findall(r"\d(?:\.\d)?", lesson.sections)
 
 
 def test_the_lessons_are_all_there():

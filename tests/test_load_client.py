@@ -1,18 +1,25 @@
 """The load client against a server that knows what it did: open loop, times from when due."""
 
 import asyncio
+import itertools
 import json
+import os
 import time
 
+import httpx
 import numpy as np
 import pytest
 from fake_server import FakeServer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minipaged.errors import ConfigurationError
 from minipaged.evaluation.arrivals import TimedRequest
 from minipaged.evaluation.endpoint import find_endpoint
-from minipaged.evaluation.load_client import send_all, warm_up
+from minipaged.evaluation.load_client import _lines, send_all, warm_up
 from minipaged.evaluation.load_run import summarise
+
+TEXTS = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]))
 
 
 def ready(server, arrivals, output=3):
@@ -126,6 +133,53 @@ def test_a_text_may_be_empty():
         (record,) = sent_to(server, [0.0])
     assert record.outcome == "ok"
     assert record.chunks == [record.end]
+
+
+@pytest.mark.parametrize("text", ["\u2028", "\u2029", "\x85", "é", "\N{GRINNING FACE}"])
+def test_a_text_is_whatever_json_allows(text):
+    """Some of it ends a line elsewhere, but not in a stream of events."""
+    with FakeServer(text=text) as server:
+        (record,) = sent_to(server, [0.0], output=5)
+    assert (record.outcome, record.message) == ("ok", "")
+    assert len(record.chunks) == record.output_tokens == 5
+
+
+@given(st.lists(TEXTS), st.data())
+def test_lines_do_not_depend_on_how_they_come(lines, data):
+    """The parts in which the network brings them may end anywhere, also in a character."""
+    whole = "\n".join(lines).encode()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=9)))
+    ends = [0, *cuts, len(whole)]
+
+    async def read():
+        async def parts():
+            for start, end in itertools.pairwise(ends):
+                yield whole[start:end]
+
+        return [line async for line in _lines(httpx.Response(200, content=parts()))]
+
+    assert asyncio.run(read()) == (lines or [""])
+
+
+@pytest.fixture
+def few_files():
+    """A limit that leaves room for some twenty more files, which the process itself may raise."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(1)  # the lowest number that is free
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 20, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("few_files")
+def test_as_many_are_under_way_as_the_system_allows():
+    """Each has a file, here and in the server: those that a shell usually allows are too few."""
+    with FakeServer(first_token=1) as server:
+        records = sent_to(server, [0.0] * 40)
+        assert server.peak == 40
+    assert [record.outcome for record in records] == ["ok"] * 40
 
 
 def test_refusals_are_counted_and_not_tried_again():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.errors import InvalidRequestError
+from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.evaluation.arrivals import TimedRequest
 from minipaged.evaluation.load_client import OK, Record
 from minipaged.evaluation.load_run import summarise
@@ -51,6 +51,41 @@ def test_requests_that_come_together_have_no_rate():
     assert source.own_rate(3) is None
     with pytest.raises(InvalidRequestError, match="let them arrive at random"):
         source.take(3, 1.0)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.5, 40.0]), st.data())
+def test_the_first_of_a_trace_may_come_together(together, later, rate, data):
+    """They are sent at once, at whatever rate; one alone is such a case, too."""
+    trace = [TimedRequest(0.0, 70, n) for n in range(1, together + 1)]
+    trace += [TimedRequest(float(n), 70, 1) for n in range(1, later + 1)]
+    source = LoadSource("", trace, False, 60, 0)
+    count = data.draw(st.integers(1, together))
+    assert source.own_rate(count) is None
+    taken = source.take(count, rate)
+    assert [(r.arrival, r.prompt, r.output) for r in taken] == [
+        (0.0, 60 - n, n) for n in range(1, count + 1)
+    ]
+
+
+@pytest.mark.parametrize("longest", [3, 200, 342])
+def test_examples_that_do_not_fit_are_refused(longest):
+    """Five of them are 341 tokens, and there must be room for a sentence and its translation."""
+    source = LoadSource("translation-5", [], True, longest, 0)
+    with pytest.raises(
+        ConfigurationError,
+        match=f"prompt of translation-5 begins with 341 tokens, and a request may have {longest}; "
+        "choose another dataset, or a longer context",
+    ):
+        source.take(5, 1.0)
+
+
+@given(st.sampled_from([("translation-1", 80), ("translation-5", 341)]), st.integers(2, 500))
+def test_examples_that_just_fit_are_served(dataset, room):
+    name, shots = dataset
+    for request in LoadSource(name, [], True, shots + room, 0).take(20, 1.0):
+        assert request.prompt > shots
+        assert request.output >= 1
+        assert request.prompt + request.output <= shots + room
 
 
 def measured(rate, latency, outcome=OK, lag=0.0):

@@ -1,5 +1,6 @@
 """What the README shows is what the code does; what it links to exists."""
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,20 @@ def test_links_lead_somewhere():
     assert len(links) > 20
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_its_figures_are_those_of_the_book():
+    """All rounds are told, not the better ones; shares of memory are those that are stored."""
+    measured = (ROOT / "book/measured.md").read_text("utf-8")
+    rounds = re.search(r"round by round \| ([\d., ;]+) \|", measured)
+    ratios = [float(ratio) for ratio in re.findall(r"\d\.\d\d", rounds[1])]
+    assert f"| {min(ratios):.2f} to {max(ratios):.2f} |" in README
+    stored = json.loads((ROOT / "book/results/fig2.json").read_text("utf-8"))["tasks"]
+    systems = ("orca-max", "orca-pow2", "orca-oracle", "paged")
+    shares = [stored[system]["result"]["shares"]["states"] for system in systems]
+    told = ", ".join(f"{share:.1f}" for share in shares)
+    assert f"{told} %" in README
+    assert f"{told} %" in (ROOT / "book/results.md").read_text("utf-8")
 
 
 def test_the_python_example_runs(capsys):

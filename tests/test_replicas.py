@@ -1,10 +1,12 @@
 """Two replicas behind one endpoint, in real processes of Ray; the choice by prefix is real too."""
 
+import asyncio
 import json
 import os
 import signal
 import socket
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import httpx
@@ -164,6 +166,83 @@ def replica_processes():
             if name.startswith(b"ray::ServeReplica:default:replica"):
                 found.append(int(process))
     return found
+
+
+def test_calls_reach_a_replica_whose_queue_is_full():
+    """Else they would wait outside for as long as it takes, and not be refused."""
+    from minipaged.serving.replicas import Arguments, build
+
+    (replicas,) = build(Arguments(max_num_seqs=3, max_queued=5))._bound_deployment.init_args
+    assert replicas._bound_deployment.max_ongoing_requests >= 100 + 3 + 5
+
+
+def test_only_what_was_routed_counts_as_a_load():
+    """Ray says that a call to all replicas has ended, too, and never that it was routed."""
+    from ray.serve._private.common import RequestMetadata
+    from ray.serve.request_router import PendingRequest
+
+    from minipaged.serving.replicas import PrefixAwareRouter
+    from minipaged.serving.stream import NewRequest
+
+    router = PrefixAwareRouter.__new__(PrefixAwareRouter)  # the rest of it needs a cluster
+    router.initialize_state(16, 4)
+    calls = [[NewRequest("0", [7] * 40, SamplingParams())]]
+    metadata = RequestMetadata(request_id="0", internal_request_id="sent")
+    request = PendingRequest(args=calls, kwargs={}, metadata=metadata, future=Future())
+    router.on_request_completed("one", "to all")
+    router.on_request_routed(request, "one", None)
+    for replica in ("one", "two"):
+        router.on_request_completed(replica, "to all")
+    assert {name: router._loads[name] for name in ("one", "two")} == {"one": 1, "two": 0}
+    for _ in range(2):
+        router.on_request_completed("one", "sent")
+    assert router._loads["one"] == 0
+    assert not router._routed
+
+
+def test_no_replica_at_all_is_an_answer_too():
+    """While all are being replaced, Ray refuses a call with an error that is no RayError."""
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    from minipaged.serving.replicas import ReplicaLostError, Replicas
+    from minipaged.serving.stream import NewRequest, Stream
+
+    class Unavailable:
+        """A handle on such a deployment."""
+
+        generate = state = property(lambda self: self)
+
+        def options(self, **_):
+            return self
+
+        def remote(self, _):
+            return self
+
+        def broadcast(self, _):
+            return self
+
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self):
+            raise DeploymentUnavailableError(None)
+
+        async def results_async(self):
+            raise DeploymentUnavailableError(None)
+
+    async def ask():
+        replicas = Replicas(Unavailable())
+        requests = [NewRequest("0", [7], SamplingParams())]
+        with pytest.raises(ReplicaLostError):
+            await replicas.add(requests)
+        with pytest.raises(ReplicaLostError):
+            await replicas.state()
+        stream = Stream(requests)
+        await replicas._pump(stream, Unavailable())
+        with pytest.raises(ReplicaLostError):
+            await stream.finished()
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize(

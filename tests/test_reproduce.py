@@ -1,6 +1,7 @@
 """Figures are run, kept, resumed and drawn; the stored ones are those that would be run today."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,28 @@ def test_results_of_other_arguments_or_another_source_are_not_used(run, tmp_path
     ):
         path.write_text(json.dumps({**stored, **change}))
         assert run(8)[1] == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evaluation/simulator.py",
+        "evaluation/sharing.py",
+        "evaluation/kernel.py",
+        "attention/native.py",
+        "decoding/beam_search.py",
+        "engine/engine.py",
+    ],
+)
+def test_what_a_figure_measures_is_part_of_its_source(name, tmp_path, monkeypatch):
+    """Else results of an engine that has changed since would be kept as today's."""
+    copy = tmp_path / "minipaged"
+    shutil.copytree(reproduce.PACKAGE, copy, ignore=lambda *_: ["tiny", "__pycache__"])
+    monkeypatch.setattr(reproduce, "PACKAGE", copy)
+    before = reproduce.source_digest.__wrapped__()  # not the one that is kept for this process
+    assert reproduce.source_digest.__wrapped__() == before
+    (copy / name).write_text((copy / name).read_text("utf-8") + "# changed\n", "utf-8")
+    assert reproduce.source_digest.__wrapped__() != before
 
 
 def test_a_damaged_file_is_named(run, tmp_path):

@@ -3,6 +3,7 @@
 And as the worst of clients do: whenever they go, every block is freed (T5).
 """
 
+import asyncio
 import json
 import random
 import socket
@@ -26,6 +27,11 @@ from servers import (
 
 from minipaged import LLM, SamplingParams
 from minipaged.engine.builder import EngineOptions, load_engine
+from minipaged.errors import InvalidRequestError
+from minipaged.serving.async_engine import QueueFullError
+from minipaged.serving.failures import APIError
+from minipaged.serving.protocol import CompletionRequest
+from minipaged.serving.service import Service
 
 OPTIONS = {
     "dtype": "float64",  # so that the company of others does not change the rounding
@@ -385,6 +391,38 @@ def test_a_full_queue_says_when_to_come_back(server):
             assert read_answer(file)[0] == 200
     assert exchange(server.port, post("/v1/completions", short))[0] == 200
     server.check_no_leak()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "outcome"),
+    [
+        (QueueFullError(3, 3, 1), "queue_full"),
+        (InvalidRequestError("too long"), "refused"),
+        (APIError(429, "full", "queue_full"), "queue_full"),
+        (APIError(400, "too long"), "refused"),
+    ],
+    ids=repr,
+)
+def test_refusals_are_counted_wherever_they_come_from(refusal, outcome):
+    """An engine in another process says APIError, and is counted like one that is here."""
+
+    class Refusing:
+        def __init__(self):
+            self.observers = []
+
+        async def add(self, requests):
+            raise refusal
+
+    service = Service(Refusing(), "tiny", None, 512, 1024)
+    with pytest.raises(type(refusal)):
+        asyncio.run(service.complete(CompletionRequest(prompt=[5]), b""))
+    counted = {
+        sample.labels["outcome"]: sample.value
+        for metric in service.metrics._ended.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
+    assert counted == {outcome: 1}
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])

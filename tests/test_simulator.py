@@ -131,6 +131,54 @@ def test_shared_prefixes_are_found():
     assert outcome.hit_tokens == 9 * 80
 
 
+def test_samples_share_no_outputs_in_the_prefix_cache():
+    """Samples write different texts, so that behind the prompt nothing is found to be shared.
+
+    Requests without a common prefix then need the same memory with and without the cache.
+    """
+    large = dataclasses.replace(SMALL, kv_slots=20_000)  # nobody is preempted
+    requests = [TimedRequest(0.0, 32, 128) for _ in range(20)]
+    without, cached = (
+        Simulation(System(width=4, prefix_caching=prefix_caching), large).run(requests)
+        for prefix_caching in (False, True)
+    )
+    assert without.hit_tokens == cached.hit_tokens == 0
+    assert cached.memory.states == pytest.approx(without.memory.states, rel=0.1)
+    assert cached.simulated == pytest.approx(without.simulated, rel=0.1)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize("beam_search", [False, True])
+def test_what_stands_in_front_of_a_fork_stays_shared(beam_search, prefix_caching):
+    """And behind it every sequence has tokens and blocks of its own."""
+    system = System(width=2, beam_search=beam_search, prefix_caching=prefix_caching)
+    simulation = Simulation(system, SMALL)
+    simulation._add(TimedRequest(0.0, 32, 200))
+    forks = set()
+    for _ in range(100):
+        simulation._step(arriving=False)
+        one, other = next(iter(simulation._groups.values())).sequences
+        assert len(one.token_ids) == len(other.token_ids)
+        alike = [a == b for a, b in zip(one.token_ids, other.token_ids, strict=True)]
+        fork = alike.index(False) if False in alike else len(alike)
+        forks.add(fork)
+        assert not any(alike[fork:])
+        first, second = (simulation.manager.tables[s.seq_id].blocks for s in (one, other))
+        # A beam is forked when its last token is drawn but not computed: both compute that one.
+        full = (fork - beam_search) // system.block_size
+        assert first[:full] == second[:full]
+        assert not set(first[full + 1 :]) & set(second[full + 1 :])
+    assert len(forks) > 10 if beam_search else forks == {32}
+
+
+def test_a_step_has_room_for_all_that_may_run():
+    """As in the engine: more sequences than tokens of a step are no mistake by themselves."""
+    simulation = Simulation(System(max_num_seqs=3000), DEPLOYMENTS["llama-3-8b"])
+    assert simulation.scheduler.max_num_batched_tokens == 3000
+    outcome = simulation.run([TimedRequest(0.0, 5, 5) for _ in range(10)])
+    assert outcome.requests == 10
+
+
 def test_memory_stays_bounded_and_the_cost_of_a_token_flat():
     """What is kept does not grow with the requests that have ended."""
     simulation = Simulation(System(), SMALL)

@@ -1,5 +1,6 @@
 """The trace page: its data are the records, it loads nothing, and a browser can step through it."""
 
+import dataclasses
 import json
 import re
 import string
@@ -111,6 +112,29 @@ CELLS = """Object.fromEntries(
     cell => [cell.dataset.block, cell.dataset.owner]))"""
 
 
+HATCHED = """Object.fromEntries(
+  [...document.querySelectorAll('[data-part="pool"] .mp-block.used .mp-new-part')].map(
+    part => [part.parentElement.dataset.block,
+             [Math.round(parseFloat(part.style.left) * %d / 100),
+              Math.round(parseFloat(part.style.width) * %d / 100)]]))"""
+
+DRAWN = """[...document.querySelectorAll('[data-part="pool"] .mp-block')].map(
+  cell => cell.dataset.block)"""
+
+
+def computed(record):
+    """First slot and number of slots of each block that were written in a step by computing."""
+    work = {w.seq_id: (w.num_computed_tokens, w.context_length) for w in record.plan.scheduled}
+    slots = {}
+    for table in record.device_tables:
+        begin, end = work.get(table.seq_id, (0, 0))
+        for index, block in enumerate(table.blocks, table.num_dropped):
+            first = index * record.block_size
+            written = range(max(begin, first), min(end, first + record.block_size))
+            slots.setdefault(str(block), set()).update(position - first for position in written)
+    return {block: [min(held), len(held)] for block, held in slots.items() if held}
+
+
 @pytest.mark.parametrize("workload", [RUN, SHARING], ids=["plain", "sharing"])
 def test_a_browser_steps_through_the_page(tmp_path, browser, workload):
     trace, engine = record(workload)
@@ -150,4 +174,23 @@ def test_a_browser_steps_through_the_page(tmp_path, browser, workload):
     browser.wait("document.querySelector('.mp-trace').dataset.step >= 2")
     browser.click('[data-do="play"]')
     see(browser.ask("Number(document.querySelector('.mp-trace').dataset.step)"))
+    for step in trace:
+        browser.ask(f"location.hash = '#step={step.step}'")
+        see(step.step)
+        assert browser.ask(HATCHED % ((step.block_size,) * 2)) == computed(step), step.step
     assert browser.problems == []
+
+
+def test_of_a_large_pool_the_blocks_in_use_are_drawn(tmp_path, browser):
+    workload = dataclasses.replace(RUN, num_blocks=2000)
+    trace, _ = record(workload)
+    page = tmp_path / "trace.html"
+    write_trace_html(trace, page)
+    browser.open(page.as_uri())
+    before = set()
+    for step in trace:
+        browser.ask(f"location.hash = '#step={step.step}'")
+        browser.wait(f"document.querySelector('.mp-trace').dataset.step === '{step.step}'")
+        now = {str(block) for table in step.device_tables for block in table.blocks}
+        assert set(browser.ask(DRAWN)) == now | before, step.step
+        before = now

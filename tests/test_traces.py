@@ -80,6 +80,7 @@ def test_requests_with_the_same_hashes_begin_alike(tmp_path):
 
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+BURST = "Timestamp,Request tokens,Response tokens\n"
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,14 @@ HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
         (
             '{"timestamp": 0, "input_length": 1.5, "output_length": 4, "hash_ids": []}\n',
             r"line 1 of .* input_length is 1\.5, not a whole number",
+        ),
+        # A time that is no number is neither before nor after another one.
+        (BURST + "5,4,3\nnan,4,3\n", r"line 3 of .* is no request: it arrives at nan s"),
+        (BURST + "inf,4,3\n", r"line 2 of .* is no request: it arrives at inf s"),
+        (
+            '{"timestamp": 1%s, "input_length": 1, "output_length": 4, "hash_ids": []}'
+            % ("0" * 400),
+            r"line 1 of .* is no request: .*too large for a float",
         ),
         ('[{"id": 1}]', r"entry 1 of .* is no conversation: there is no 'conversations'"),
         ("[1,", r"is no JSON"),

@@ -193,14 +193,21 @@ def load(
             "install it from there with `pip install --editable .`"
         )
     folder = _build_folder(name, files, [*flags, *cuda_flags])
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "in_use", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "in_use", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigurationError(
+            f"what is compiled cannot be kept in {folder}: {error}; set TORCH_EXTENSIONS_DIR to a "
+            'folder that can be written to, or choose attention "torch"'
+        ) from error
+    with lock:
         # One process compiles, the others wait; the system lets go of it if that one dies.
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)  # torch's own, which a killed process leaves
-        library = folder / f"{folder.name}.so"
-        if library.exists():
-            return import_library(folder.name, library)
+        complete = folder / "complete"  # a linker that is killed leaves a part of a library
+        if complete.exists():
+            return import_library(folder.name, folder / f"{folder.name}.so")
         start = time.perf_counter()
         logger.info("compiling %s; this takes a minute, once", name)
         from torch.utils import cpp_extension  # half a second, for those who compile
@@ -223,6 +230,7 @@ def load(
                 f"the compiler could not build {name}; choose attention "
                 f'"torch", or mend what it says:\n{error}'
             ) from error
+        complete.touch()
         logger.debug("%s was ready after %.1f s", name, time.perf_counter() - start)
     return module
 
@@ -252,6 +260,14 @@ def import_library(name: str, library: Path) -> Any:
     return module
 
 
+def _processor() -> str:
+    """What the processor can do, beyond what torch asks: -march=native means all of it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    able = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return able or platform.processor()
+
+
 def _build_folder(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     """A folder for exactly these sources, flags, compiler, processor and torch."""
     everything = hashlib.blake2b(digest_size=8)
@@ -260,6 +276,7 @@ def _build_folder(name: str, sources: Sequence[Path], flags: Sequence[str]) -> P
         everything.update(path.read_bytes())
     parts = [*flags, torch.__version__, platform.python_version(), platform.machine()]
     parts += [os.environ.get("CXX", "c++"), torch.backends.cpu.get_cpu_capability()]
+    parts += [_processor()] if "-march=native" in flags else []
     everything.update("\0".join(map(str, parts)).encode())
     home = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "minipaged")
     return Path(home) / f"{name}_{everything.hexdigest()}"

@@ -6,6 +6,8 @@ Errors that are the input's fault are one sentence on standard error and exit co
 from __future__ import annotations
 
 import gc
+import io
+import sys
 
 import typer
 
@@ -37,6 +39,8 @@ app.add_typer(course_app, name="course")
 
 def main() -> None:
     """Entry point of the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 shows "?" for a bar
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except MinipagedError as error:

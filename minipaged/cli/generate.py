@@ -128,11 +128,11 @@ def generate(
         for request_id, name in names.items() if params.width > 1 else ():
             console.print()
             console.print(beam_tree(trace, request_id, name))
-    if trace_html is not None:
+    if trace_html is not None and trace.records:
         from minipaged.visual.trace_page import write_trace_html
 
         write_trace_html(trace, trace_html)
-        console.print(f"{len(trace)} steps to walk through: {trace_html}")
+        print(f"{len(trace)} steps to walk through: {trace_html}")
     for sentence in refused:
         complain(sentence)
     if not finished:
@@ -152,12 +152,13 @@ def chat(
     dtype: DtypeOption = "auto",
     block_size: BlockSizeOption = 16,
     num_blocks: NumBlocksOption = None,
+    prefix_cache: PrefixOption = True,
     attention: AttentionOption = "auto",
     tensor_parallel_size: RanksOption = None,
 ) -> None:
     """Talk to a model that has a chat template.  An empty line or end of file ends it.
 
-    What was said before is found in the prefix cache at every turn.
+    What was said before is found in the prefix cache at every turn, unless it is switched off.
     """
     from minipaged.request.sampling_params import SamplingParams
 
@@ -172,7 +173,7 @@ def chat(
         attention=attention,
         tensor_parallel_size=tensor_parallel_size,
         max_num_seqs=1,
-        enable_prefix_caching=True,
+        enable_prefix_caching=prefix_cache,
         seed=seed,
     )
     if engine.tokenizer is None or engine.tokenizer.chat_template is None:

@@ -58,10 +58,11 @@ def uninterrupted() -> Iterator[None]:
     if before is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple[int, FrameType | None]] = []
+    came = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.append((number, frame))
+        nonlocal came
+        came = True
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, note)
@@ -69,5 +70,5 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came and callable(before):
-        before(*came[0])
+    if came:
+        signal.raise_signal(signal.SIGINT)  # for what was set before, be it a function or not

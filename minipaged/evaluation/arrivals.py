@@ -115,6 +115,7 @@ def poisson_requests(
 
     workload: a dataset, "translation-1" or "translation-5" with so many examples in front of
         every prompt, or "chat".
+    Raises ConfigurationError where the examples leave no room for anything else.
     """
     check_rate(rate)
     shots = SHOTS.get(workload, 0)
@@ -122,6 +123,11 @@ def poisson_requests(
     dataset = dataset_named({"chat": "sharegpt"}.get(workload, workload.partition("-")[0]))
     rng = np.random.default_rng(seed)
     half = CHAT_TOKENS if workload == "chat" else (context_length - shots) // 2
+    if half < 1:
+        raise ConfigurationError(
+            f"every prompt of {workload} begins with {shots} tokens, and a request may have "
+            f"{context_length}; choose another dataset, or a longer context"
+        )
     time = 0.0
     while True:
         # A thousand at a time, so that an hour of them needs no memory.

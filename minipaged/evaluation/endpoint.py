@@ -162,7 +162,7 @@ def _models(base_url: str, headers: dict[str, str]) -> dict[str, dict[str, Any]]
         # What the environment names as a proxy is none of what is measured.
         with httpx.Client(headers=headers, timeout=PATIENCE, trust_env=False) as client:
             response = client.get(url)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last one for a..b
         raise ConfigurationError(
             f"nothing answers at {url} ({str(error) or type(error).__name__}); start a server with "
             "minipaged serve, or name another with --base-url"

@@ -10,6 +10,7 @@ median counts.  What can be reached is the speed of a plain copy, measured in th
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -87,7 +88,9 @@ def measure_kernels(
     if attention == "native":
         find_compiler()  # without one, what is measured would be PyTorch's
     generator = torch.Generator(device).manual_seed(seed)
-    layers = max(1, BYTES_IN_ALL[device.type] // shape.bytes_read(dtype))
+    # Whole blocks are allocated, also where a context ends soon after the last one begins.
+    whole = dataclasses.replace(shape, context=shape.blocks_per_sequence * shape.block_size)
+    layers = max(1, BYTES_IN_ALL[device.type] // whole.bytes_read(dtype))
 
     def random(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator, device=device, dtype=torch.float32).to(dtype)

@@ -17,10 +17,11 @@ Owns sending and the times of what comes back.  What they amount to is load_run.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,7 @@ async def send_all(
     timeout: seconds after it was due, at which a request that is under way is given up.
     on_end: told of each when it ends.
     """
+    _allow_open_files()
     # To look through all that was imported takes a tenth of a second, in which nothing is noticed.
     gc.freeze()
     # No connection is used twice: users share none, and one that the server closes for being idle
@@ -97,6 +99,15 @@ async def send_all(
             under_way.append(asyncio.create_task(sending))
         await asyncio.gather(*under_way)
     return [record for record, _ in prepared]
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets us have: each request under way is a connection, and so a file."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # which Windows has not
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def warm_up(endpoint: Endpoint, requests: Sequence[DueRequest], timeout: float) -> None:
@@ -156,7 +167,7 @@ async def _receive(
             record.outcome = f"status {response.status_code}"
             record.message = _message(await response.aread())
             return
-        async for line in response.aiter_lines():
+        async for line in _lines(response):
             now = clock()
             if line.startswith("data:"):
                 _note(record, line[5:].strip(), now)
@@ -168,6 +179,16 @@ async def _receive(
         raise BrokenAnswerError("a stream without a usage of at least one token at its end")
     if not record.chunks:  # all its tokens were such as have no text
         record.chunks.append(record.end)
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Lines of a stream.  Those of httpx also end within JSON: at U+2028, which it may hold."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", errors="replace")
+    yield rest.decode("utf-8", errors="replace")
 
 
 def _note(record: Record, data: str, now: float) -> None:

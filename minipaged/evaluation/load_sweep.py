@@ -57,6 +57,9 @@ class LoadSource:
             requests = list(at_random(list(self.trace), rate, count, self.seed))
         else:
             requests = self._on_time(count)
+            if self.trace[-1].arrival and not requests[-1].arrival:
+                # Those that come first come together, and do so at any rate.
+                return [self.cut(request) for request in requests]
         return [self.cut(request) for request in at_rate(requests, rate)]
 
     def _on_time(self, count: int) -> list[TimedRequest]:

@@ -27,6 +27,7 @@ from minipaged.evaluation.figures.common import Figure, Results, Row, Task
 
 PACKAGE = Path(__file__).parents[1]
 SIMULATOR = ("arrivals", "cost_model", "memory_use", "outcome", "simulator", "sweep")
+MEASUREMENTS = ("kernel", "kernel_peers", "sharing")
 
 
 def figure_names(wanted: Sequence[str]) -> list[str]:
@@ -146,10 +147,17 @@ def commit() -> str:
 
 @functools.cache
 def source_digest() -> str:
-    """Of the files that the results depend on: scheduler, block manager and simulator."""
+    """Of the files that the results depend on.
+
+    Scheduler, block manager and simulator; and since figures 15 and 18 measure what is there,
+    also their measurements, and what these run: engine, decoding, models and attention.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    rooms = [PACKAGE / room for room in ("memory", "request", "scheduling")]
+    names = ("memory", "request", "scheduling", "attention", "decoding", "engine", "models")
+    rooms = [PACKAGE / name for name in names]
     files = [path for room in rooms for path in sorted(room.glob("*.py"))]
-    for path in [*files, *(PACKAGE / "evaluation" / f"{name}.py" for name in SIMULATOR)]:
+    files += [path for path in sorted((PACKAGE.parent / "cuda").glob("*")) if path.is_file()]
+    files += [PACKAGE / "evaluation" / f"{name}.py" for name in (*SIMULATOR, *MEASUREMENTS)]
+    for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -19,7 +19,7 @@ import torch
 from minipaged.engine.builder import EngineOptions, load_engine
 from minipaged.engine.engine import Engine
 from minipaged.engine.model_runner import ModelRunner
-from minipaged.errors import ConfigurationError
+from minipaged.errors import ConfigurationError, InvalidRequestError
 from minipaged.evaluation.workload import WorkloadRequest
 from minipaged.models.loader import resolve
 from minipaged.request.sampling_params import SamplingParams
@@ -87,7 +87,17 @@ def measure(
 
 
 def run_engine(engine: Engine, workload: list[WorkloadRequest]) -> float:
-    """Seconds to serve the workload greedily, all requests there from the start."""
+    """Seconds to serve the workload greedily, all requests there from the start.
+
+    Raises InvalidRequestError for one that would be cut off at the end of the context.
+    """
+    lengths = [len(request.prompt_token_ids) + request.output_length for request in workload]
+    longest = max(lengths, default=0)
+    if longest > engine.context_length:
+        raise InvalidRequestError(
+            f"request {lengths.index(longest) + 1} has {longest} tokens, prompt and output "
+            f"together, and the model's context has {engine.context_length}; shorten one of the two"
+        )
     start = time.perf_counter()
     for number, request in enumerate(workload):
         params = SamplingParams(temperature=0, max_tokens=request.output_length, ignore_eos=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -72,12 +73,14 @@ def _timed(path: Path, text: str) -> list[TimedRequest]:
                 continue  # failed in the service, or was cut off: there is nothing to serve
             if request.prompt < 1 or request.output < 0:
                 raise ValueError("prompt and output need at least 1 token")
+            if not math.isfinite(request.arrival):
+                raise ValueError(f"it arrives at {request.arrival} s")
             if requests and request.arrival < requests[-1].arrival:
                 raise ValueError(
                     f"it arrives {requests[-1].arrival - request.arrival:g} s before the request "
                     "above; sort the file by time"
                 )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             what = f"there is no {error}" if isinstance(error, KeyError) else error
             raise InvalidRequestError(f"line {number} of {path} is no request: {what}") from error
         requests.append(request)

@@ -21,6 +21,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import (
     FIFOMixin,
@@ -44,6 +45,8 @@ from minipaged.serving.service import Service
 from minipaged.serving.state import EngineState
 from minipaged.serving.stream import NewRequest, Stream
 
+RAY_ERRORS = RayError, RayServeException  # the second one where no replica can be asked
+SPARE_CALLS = 1000  # beyond a replica's queue: to be refused there, or to ask how it stands
 ENGINE_OPTIONS = ("dtype", "block_size", "num_blocks", "max_num_seqs", "attention", "seed")
 
 
@@ -91,6 +94,7 @@ class PrefixAwareRouter(FIFOMixin, RequestRouter):
         """Called by Ray with `request_router_kwargs`."""
         self._prefixes: PrefixRouter[ReplicaID] = PrefixRouter(block_size, slack)
         self._loads: Counter[ReplicaID] = Counter()
+        self._routed: set[str] = set()
 
     async def choose_replicas(
         self,
@@ -110,10 +114,13 @@ class PrefixAwareRouter(FIFOMixin, RequestRouter):
         prompt, salt = _prefix_of(pending_request)
         self._prefixes.remember(prompt, replica_id, salt)
         self._loads[replica_id] += 1
+        self._routed.add(pending_request.metadata.internal_request_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """It has ended."""
-        self._loads[replica_id] -= 1
+        """It has ended.  Ray says so of calls to all replicas, too, which were not routed."""
+        if internal_request_id in self._routed:
+            self._routed.remove(internal_request_id)
+            self._loads[replica_id] -= 1
 
 
 def _prefix_of(pending: PendingRequest | None) -> tuple[list[int], bytes]:
@@ -153,7 +160,7 @@ class Replicas:
         except asyncio.CancelledError:
             outputs.cancel()
             raise
-        except RayError as error:
+        except RAY_ERRORS as error:
             raise ReplicaLostError from error
         if refusal is not None:
             raise APIError(**refusal)
@@ -170,7 +177,7 @@ class Replicas:
         """The sum over all replicas."""
         try:
             states = await self._handle.broadcast("state").results_async()
-        except RayError as error:
+        except RAY_ERRORS as error:
             raise ReplicaLostError from error
         return sum(states[1:], states[0])
 
@@ -188,7 +195,7 @@ class Replicas:
         except asyncio.CancelledError:
             outputs.cancel()
             raise
-        except RayError:
+        except RAY_ERRORS:
             stream.fail(ReplicaLostError())
 
 
@@ -227,7 +234,7 @@ def build(arguments: Arguments) -> Application:
         Replica,
         name="replica",
         num_replicas=arguments.num_replicas,
-        max_ongoing_requests=arguments.max_queued + arguments.max_num_seqs,
+        max_ongoing_requests=arguments.max_queued + arguments.max_num_seqs + SPARE_CALLS,
         ray_actor_options={"num_cpus": 1, "num_gpus": arguments.num_gpus},
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixAwareRouter,

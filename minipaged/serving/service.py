@@ -19,7 +19,7 @@ from minipaged.models.tokenizer import Tokenizer
 from minipaged.request.sampling_params import SamplingParams
 from minipaged.request.sequence import RequestId
 from minipaged.serving.answers import Answer, ChatAnswer, CompletionAnswer, Growth, usage
-from minipaged.serving.async_engine import Observer, QueueFullError
+from minipaged.serving.async_engine import Observer
 from minipaged.serving.failures import APIError, to_api_error
 from minipaged.serving.metrics import Metrics
 from minipaged.serving.protocol import (
@@ -142,8 +142,9 @@ class Service:
         ]
         try:
             stream = await self.engine.add(new)
-        except MinipagedError as error:
-            self.metrics.refused("queue_full" if isinstance(error, QueueFullError) else "refused")
+        except (APIError, MinipagedError) as error:
+            is_full = to_api_error(error).code == "queue_full"
+            self.metrics.refused("queue_full" if is_full else "refused")
             raise
         return Exchange(self.engine, stream, answer, params.n, request.includes_usage)
 

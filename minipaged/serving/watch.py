@@ -67,7 +67,7 @@ class News(NamedTuple):
     frames: of the newest steps, and at last how the engine stands now if that is new.
     num_skipped: steps of which there is no frame.
     queue: those that run, in the order of service, and then those that wait.
-    counts: of everything since the watch began.
+    counts: since the watch began; preemptions and prefix hits since the engine did.
     """
 
     frames: list[Frame]

@@ -66,7 +66,11 @@ def pool_text(record: StepRecord, names: dict[SequenceId, str], width: int = 16)
         shared = " " if count == 1 else str(count) if count < 10 else "+"
         text.append(f"{names[first.seq_id]:>2}{level}{shared}", style=color(first.seq_id))
     if len(blocks) < record.num_blocks:
-        text.append(f"\n        only used blocks are shown, of {record.num_blocks}", style="dim")
+        more = len(held) - len(blocks)
+        left_out = f", and {more} more are used" if more else ""
+        text.append(
+            f"\n        only used blocks are shown, of {record.num_blocks}{left_out}", style="dim"
+        )
     return text
 
 

@@ -1,4 +1,4 @@
-"""The text of several requests as it streams, with one line about the engine below it.
+"""The text of several requests as it streams, with one line about the engine above it.
 
 On a terminal the outputs grow side by side in place; elsewhere every finished line is
 printed once, behind the name of its request, so that a log stays readable.
@@ -99,7 +99,8 @@ class StreamView:
                 tail = completion.text.splitlines()[-LINES_SHOWN:]
                 rows.append(Text(self._name(output, completion.index), style="bold"))
                 rows.append(Text("\n".join(tail) or "…"))
-        return Group(*rows, Text(self._status, style="dim"))
+        # Above the texts: what does not fit on the screen is cut off below.
+        return Group(Text(self._status, style="dim"), *rows)
 
     def _print(self, output: RequestOutput) -> None:
         for completion in output.outputs:

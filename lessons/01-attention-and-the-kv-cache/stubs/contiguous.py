@@ -19,7 +19,7 @@ def contiguous_attention(
     value: Float[Tensor, "context kv_heads head_dim"],
     window: int | None = None,
 ) -> Float[Tensor, "queries heads head_dim"]:
-    """Causal attention of the last `queries` tokens of a context (equation 2 of the paper).
+    """Causal attention of the last `queries` tokens of a context (equation 3 of the paper).
 
     The queries are the last tokens: query i sees the first context - queries + i + 1 keys.
     With fewer key than query heads, `heads / kv_heads` neighbouring query heads share one.

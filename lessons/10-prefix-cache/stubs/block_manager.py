@@ -51,7 +51,8 @@ class BlockManager:
         if prefix_cache is not None and sliding_window is not None:
             raise ConfigurationError(
                 f"the model's sliding window of {sliding_window} tokens frees the beginning of a "
-                "sequence, which a prefix cache needs; leave enable_prefix_caching off"
+                "sequence, which a prefix cache needs; leave enable_prefix_caching off "
+                "(--no-prefix-cache)"
             )
         self.block_size = block_size
         self.sliding_window = sliding_window

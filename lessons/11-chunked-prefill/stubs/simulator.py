@@ -69,7 +69,8 @@ class Simulation:
                 f"{', '.join(map(str, REPLACED_BEAMS))} fork"
             )
         self.manager = self._block_manager(seed)
-        budget = system.max_num_batched_tokens
+        # As in the engine, where nothing else is asked for.
+        budget = max(system.max_num_batched_tokens, system.max_num_seqs, system.block_size)
         if system.memory_policy == "static":  # all prompts of a batch are computed together
             budget = max(budget, deployment.kv_slots)
         costs = PreemptionCosts(self.cost.move_block, self.cost.compute_token)
@@ -158,7 +159,8 @@ class Simulation:
             use_beam_search=self.system.beam_search,
             ignore_eos=True,
         )
-        sequence = Sequence(self._new_id(), request.token_ids(own=-1 - self._num_requests))
+        seq_id = self._new_id()
+        sequence = Sequence(seq_id, request.token_ids(own=_own_token(seq_id)))
         group = _Group(request, str(self._num_requests), [sequence], params, self._num_requests)
         self._num_requests += 1
         in_cache = request.prompt + request.output - 1
@@ -215,7 +217,7 @@ class Simulation:
                 self._fork(group, sequence)
                 grown = group.sequences
             for each in grown:
-                each.token_ids.append(group.own_token)
+                each.token_ids.append(_own_token(each.seq_id))
             if sequence is not group.sequences[-1] and grown is not group.sequences:
                 continue  # its siblings follow
             if len(sequence.token_ids) == group.final_length:
@@ -266,10 +268,15 @@ class Simulation:
         }
 
 
+def _own_token(seq_id: int) -> int:
+    """What a sequence writes, and nobody else: its outputs are in no other one's prefix."""
+    return -1 - seq_id
+
+
 class _Group(SequenceGroup):
     """A sequence group that knows when it came and how long its outputs will be."""
 
-    __slots__ = ("final_length", "own_token", "request")
+    __slots__ = ("final_length", "request")
 
     def __init__(
         self,
@@ -282,4 +289,3 @@ class _Group(SequenceGroup):
         super().__init__(request_id, sequences, params, arrival)
         self.request = request
         self.final_length = request.prompt + request.output
-        self.own_token = -1 - arrival

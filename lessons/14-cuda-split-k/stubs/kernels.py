@@ -34,9 +34,11 @@ Arguments = dict[str, Any]  # fields of a struct in cuda/arguments.h
 
 
 def array(tensor: Tensor) -> tuple[int, int]:
-    """Address of a tensor, and the number of elements from there to the end of its memory."""
-    size = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
-    return tensor.data_ptr(), int(size)
+    """Address of a tensor, and the number of elements from its first to its last."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr(), 0
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), last + 1
 
 
 def type_name(tensor: Tensor) -> str:

@@ -203,6 +203,12 @@ class Engine:
                     "the model has no tokenizer, so the prompt must be a list of token ids, "
                     "not text"
                 )
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:  # as from bytes of the command line that are not UTF-8
+                raise InvalidRequestError(
+                    "the prompt has characters that are not Unicode text; give it in UTF-8"
+                ) from None
             token_ids = self.tokenizer.encode(prompt)
         elif isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
             raise InvalidRequestError(

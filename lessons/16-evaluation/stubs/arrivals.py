@@ -115,6 +115,7 @@ def poisson_requests(
 
     workload: a dataset, "translation-1" or "translation-5" with so many examples in front of
         every prompt, or "chat".
+    Raises ConfigurationError where the examples leave no room for anything else.
     """
     raise NotImplementedError("Task 16.1: poisson_requests is still to be written")
 

@@ -33,7 +33,11 @@ const seen = {
   timer: null,
 
   get shown() { return this.frames[this.place ?? this.frames.length - 1]; },
-  get before() { return this.frames[(this.place ?? this.frames.length - 1) - 1]; },
+  // None where steps between the two were not told: what is new since then is not of one step.
+  get before() {
+    const before = this.frames[(this.place ?? this.frames.length - 1) - 1];
+    return before && this.shown.step - before.step <= 1 ? before : undefined;
+  },
 
   add(frame) {
     const full = this.frames.length >= MOST_FRAMES || this.entries >= MOST_ENTRIES;

@@ -53,6 +53,7 @@ function receive(event) {
   if (event.about) {
     if (about && about.created !== event.about.created) forget();
     about = event.about;
+    panels.rates = [];  // this stream counts its tokens from 0
     setText($("model"), about.model);
     document.title = `${about.model} – minipaged`;
   }
