@@ -156,15 +156,21 @@ def test_ctrl_c_shows_what_there_is():
     assert "Traceback" not in errors
 
 
-def test_chat_reads_lines_until_the_end(tmp_path):
-    """With the shipped model under a template of its own: how it answers does not matter."""
+def make_chat_model(folder, **options):
+    """The shipped model under a template of its own: how it answers does not matter."""
     from minipaged.models.loader import TINY
 
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (tmp_path / name).write_bytes((TINY / name).read_bytes())
-    (tmp_path / "chat_template.jinja").write_text(
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).write_bytes((TINY / name).read_bytes())
+    config = json.loads((TINY / "config.json").read_text("utf-8")) | options
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
+
+
+def test_chat_reads_lines_until_the_end(tmp_path):
+    make_chat_model(tmp_path)
     done = minipaged(
         *("chat", "--model", tmp_path, "--max-tokens", 8, "--num-blocks", 12), text="Hello\nYou\n"
     )
@@ -174,14 +180,7 @@ def test_chat_reads_lines_until_the_end(tmp_path):
 
 def test_chat_with_a_sliding_window(tmp_path):
     """It frees the beginning of a sequence, so that nothing can be found there."""
-    from minipaged.models.loader import TINY
-
-    for name in ("model.safetensors", "tokenizer.json"):
-        (tmp_path / name).write_bytes((TINY / name).read_bytes())
-    config = json.loads((TINY / "config.json").read_text("utf-8"))
-    config |= {"model_type": "mistral", "sliding_window": 64}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    make_chat_model(tmp_path, model_type="mistral", sliding_window=64)
     arguments = ("chat", "--model", tmp_path, "--max-tokens", 4, "--num-blocks", 12)
     refused = minipaged(*arguments, text="Hello\n")
     assert refused.returncode == 2

@@ -177,6 +177,10 @@ def test_a_step_has_room_for_all_that_may_run():
     assert simulation.scheduler.max_num_batched_tokens == 3000
     outcome = simulation.run([TimedRequest(0.0, 5, 5) for _ in range(10)])
     assert outcome.requests == 10
+    asked = Simulation(System(max_num_batched_tokens=64, max_num_seqs=32), SMALL)
+    assert asked.scheduler.max_num_batched_tokens == 64, "what is asked for counts"
+    with pytest.raises(ConfigurationError, match="max_num_batched_tokens is 64, below"):
+        Simulation(System(max_num_batched_tokens=64, max_num_seqs=65), SMALL)
 
 
 def test_memory_stays_bounded_and_the_cost_of_a_token_flat():

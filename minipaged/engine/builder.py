@@ -34,6 +34,7 @@ from minipaged.models.tokenizer import Tokenizer
 from minipaged.scheduling.policy import policy_named
 from minipaged.scheduling.preemption import Preemption, PreemptionCosts, PreemptionMode
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.step_plan import default_budget
 
 logger = logging.getLogger("minipaged")
 
@@ -153,9 +154,8 @@ def build_engine(decoder: Decoder, tokenizer: Tokenizer | None, options: EngineO
     budget = options.max_num_batched_tokens
     static = options.memory_policy == "static"
     if budget is None:
-        budget = max(2048, options.max_num_seqs, options.block_size)
-        if static:  # all prompts of a batch are computed together
-            budget = max(budget, num_blocks * options.block_size)
+        slots = num_blocks * options.block_size if static else 0
+        budget = default_budget(options.max_num_seqs, options.block_size, slots)
     logger.info(
         "KV cache: %d blocks of %d tokens, %.1f MiB in %s%s%s; attention: %s",
         num_blocks,

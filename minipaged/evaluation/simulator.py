@@ -25,7 +25,7 @@ from minipaged.request.sequence import Sequence, SequenceGroup
 from minipaged.scheduling.policy import policy_named
 from minipaged.scheduling.preemption import Preemption, PreemptionCosts, PreemptionMode
 from minipaged.scheduling.scheduler import Scheduler
-from minipaged.scheduling.step_plan import StepPlan
+from minipaged.scheduling.step_plan import StepPlan, default_budget
 
 MEMORY_EVERY = 16  # steps from one look at the memory to the next
 
@@ -47,7 +47,7 @@ class System:
     memory_policy: str = "paged"
     block_size: int = 16
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     policy: str = "fcfs"
     preemption: PreemptionMode = "recompute"
     prefix_caching: bool = False
@@ -69,10 +69,10 @@ class Simulation:
                 f"{', '.join(map(str, REPLACED_BEAMS))} fork"
             )
         self.manager = self._block_manager(seed)
-        # As in the engine, where nothing else is asked for.
-        budget = max(system.max_num_batched_tokens, system.max_num_seqs, system.block_size)
-        if system.memory_policy == "static":  # all prompts of a batch are computed together
-            budget = max(budget, deployment.kv_slots)
+        budget = system.max_num_batched_tokens
+        if budget is None:
+            slots = deployment.kv_slots if system.memory_policy == "static" else 0
+            budget = default_budget(system.max_num_seqs, system.block_size, slots)
         costs = PreemptionCosts(self.cost.move_block, self.cost.compute_token)
         self.scheduler = Scheduler(
             self.manager,

@@ -84,3 +84,11 @@ class StepPlan(NamedTuple):
             preempted=tuple(plan["preempted"]),
             swapped=tuple(plan["swapped"]),
         )
+
+
+def default_budget(max_num_seqs: int, block_size: int, static_slots: int = 0) -> int:
+    """Tokens that one step computes at most, where nobody asks for another limit.
+
+    static_slots: of the cache under static batches, all prompts of which are computed together.
+    """
+    return max(2048, max_num_seqs, block_size, static_slots)
