@@ -110,7 +110,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @some_sequence
     @rule(which=which, tokens=tokens)
     def append_to_a_group(self, which, tokens):
-        """Sequences that may share blocks write, one after the other, in the same step."""
+        """Sequences that may share blocks write, one after the other, in the same step.
+
+        Every other one goes on differently, so that none finds in its slots what it would write.
+        """
         self.append_to(self.family(which), tokens)
 
     def append_to(self, seqs, tokens):
@@ -125,31 +128,37 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert repr(self.manager) == before, "an append that does not fit changes nothing"
 
     def write(self, seqs, tokens):
-        """Take the slots, copy what must be copied, write, and only then tell the manager."""
+        """Take the slots, copy what must be copied, write, and only then tell the manager.
+
+        Every other sequence writes the opposite of these tokens.
+        """
         manager, n = self.manager, len(tokens)
         needed = manager.blocks_needed((seq, n) for seq in seqs)
         free = manager.device.num_free
         copies = [copy for seq in seqs for copy in manager.append(seq, n)]
         assert free - manager.device.num_free == needed
         self.copy(self.device, self.device, copies)
-        for seq in seqs:
+        for number, seq in enumerate(seqs):
             for token in tokens:
                 history = self.history[seq]
                 slot = manager.tables[seq].slot(len(history))
-                history.append(token)
+                history.append(token ^ number % 2)
                 self.device[slot] = tuple(history)
         for seq in seqs:
             manager.mark_computed(seq, self.history[seq])
 
     @some_sequence
-    @rule(which=which, times=st.integers(1, 3))
-    def fork(self, which, times):
+    @rule(which=which, times=st.integers(1, 3), following=st.just([]) | tokens)
+    def fork(self, which, times, following):
+        """Children share all blocks, and may at once go on, each in its own way."""
         parent = self.pick(which)
         used = self.manager.device.num_used, self.manager.host.num_used
         for _ in range(times):
             child = self.begin(self.history[parent], self.root[parent])
             self.manager.fork(parent, child)
         assert used == (self.manager.device.num_used, self.manager.host.num_used)
+        if following:
+            self.append_to(self.family(which), following)
 
     @some_sequence
     @precondition(lambda self: self.window is None)

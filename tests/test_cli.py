@@ -202,6 +202,12 @@ def test_a_prompt_that_is_no_text_harms_no_other():
     assert "[1] ROMEO:" in done.stdout
 
 
+def test_a_terminal_does_not_obey_a_prompt():
+    done = minipaged("generate", "\x1b[2JROMEO:", "", "--max-tokens", 3, "--num-blocks", 20)
+    assert "[0] ␛[2JROMEO:" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+
+
 def test_where_the_steps_are_is_said_as_it_is(tmp_path):
     page = tmp_path / "run[old].html"
     done = minipaged(

@@ -107,14 +107,15 @@ def test_answers_are_those_of_one_engine(url):
 
 def test_a_prompt_goes_where_its_prefix_is(url):
     before = [state.steps for state in states()]
-    firsts, others = [complete(url, [token] * 40) for token in (31, 32)], []
-    assert [cached(answer) for answer in firsts] == [0, 0]
+    # Where one replica was sent a prompt more than the other before, two may go to the same.
+    tokens, others = (31, 32, 33), []
+    assert [cached(complete(url, [token] * 40)) for token in tokens] == [0, 0, 0]
     assert all(now.steps > then for now, then in zip(states(), before, strict=True)), (
-        "two prompts that have nothing in common were sent to one replica"
+        "three prompts that have nothing in common were sent to one replica"
     )
     for last in range(3):
-        others += [complete(url, [token] * 40 + [last]) for token in (31, 32)]
-    assert [cached(answer) for answer in others] == [32] * 6
+        others += [complete(url, [token] * 40 + [last]) for token in tokens]
+    assert [cached(answer) for answer in others] == [32] * 9
     assert cached(complete(url, [31] * 40, key="two")) == 0, "another key found the prefix"
 
 

@@ -34,6 +34,7 @@ from minipaged.cli.options import (
 )
 from minipaged.engine.interrupt import Interrupt
 from minipaged.errors import InvalidRequestError
+from minipaged.visual.printable import printable
 
 if TYPE_CHECKING:
     from minipaged.engine.engine import Engine
@@ -204,7 +205,7 @@ def _answer(engine: Engine, console: Console, messages: list[dict[str, str]], pa
             for output in engine.step():
                 new = output.outputs[0].text[len(text) :]
                 text += new
-                console.print(Text(new), end="", soft_wrap=True)
+                console.print(Text(printable(new)), end="", soft_wrap=True)
     engine.abort("chat")
     console.print()
     return text
@@ -241,7 +242,7 @@ def _read_prompts(path: Path | None) -> list[str]:
 
 
 def _shorten(text: str, width: int = 40) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 1] + "…"
 
 

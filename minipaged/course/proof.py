@@ -138,7 +138,8 @@ def _run_pytest(
     if files:
         substitute(files)
     # Given as modules: by name, pytest would look for them among all that is installed.
-    os._exit(pytest.main(arguments, [importlib.import_module(name) for name in PLUGINS]))
+    plugins = [importlib.import_module(name) for name in (*PLUGINS, "minipaged.course.plugin")]
+    os._exit(pytest.main(arguments, plugins))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from pathlib import Path
 from minipaged.course.lesson import ROOT, Lesson, LessonError
 
 PLUGINS = ("pytest_timeout", "_hypothesis_pytestplugin")
-WITHOUT = [f"-pno:{name}" for name in ("cacheprovider", "unraisableexception", "threadexception")]
+_UNUSED = "cacheprovider unraisableexception threadexception doctest pastebin legacypath"
+WITHOUT = [f"-pno:{name}" for name in (*_UNUSED.split(), "setuponly", "setupplan")]
 LEAN = [*(f"-p{name}" for name in PLUGINS), *WITHOUT]
 """What to give pytest, with PYTEST_DISABLE_PLUGIN_AUTOLOAD set, where it is started often: to look
 for plugins at the beginning, and for garbage at the end, takes it half a second."""

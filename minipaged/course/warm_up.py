@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisSideeffectWarning
 
 
-@settings(max_examples=1, database=None)
-@given(st.integers())
-def _any_test(_: int) -> None:
-    """Hypothesis looks through all modules for constants to draw."""
+@settings(max_examples=5, database=None)
+@given(st.lists(st.integers(), min_size=100))
+def _any_test(_: list[int]) -> None:
+    """Hypothesis looks through all modules for constants, once it draws one: one time in 20."""
 
 
 with warnings.catch_warnings():

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from minipaged.engine.outputs import RequestOutput
 from minipaged.engine.trace import StepRecord
+from minipaged.visual.printable import printable
 
 LINES_SHOWN = 4
 
@@ -96,7 +97,7 @@ class StreamView:
                 rows += [Text(name, style="bold"), Text("…")]
                 continue
             for completion in output.outputs:
-                tail = completion.text.splitlines()[-LINES_SHOWN:]
+                tail = printable(completion.text).splitlines()[-LINES_SHOWN:]
                 rows.append(Text(self._name(output, completion.index), style="bold"))
                 rows.append(Text("\n".join(tail) or "…"))
         # Above the texts: what does not fit on the screen is cut off below.
@@ -105,14 +106,14 @@ class StreamView:
     def _print(self, output: RequestOutput) -> None:
         for completion in output.outputs:
             self.console.print(Text(self._name(output, completion.index), style="bold"))
-            self.console.print(Text(completion.text + "\n"))
+            self.console.print(Text(printable(completion.text) + "\n"))
 
     def _print_lines(self, output: RequestOutput, whole: bool) -> None:
         """Print the lines of the outputs that are complete, or all of them."""
         if output.request_id in self._ranked and not whole:
             return
         for completion in output.outputs:
-            name, text = self._name(output, completion.index), completion.text
+            name, text = self._name(output, completion.index), printable(completion.text)
             key = output.request_id, completion.index
             done = whole or completion.finish_reason is not None
             end = len(text) if done else text.rfind("\n") + 1
