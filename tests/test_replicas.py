@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -119,6 +120,18 @@ def test_a_prompt_goes_where_its_prefix_is(url):
     assert cached(complete(url, [31] * 40, key="two")) == 0, "another key found the prefix"
 
 
+def test_requests_that_come_together_are_shared_out(url):
+    """All of them are routed before the first one is accepted anywhere."""
+    prompts = [[token] * 20 for token in range(50, 58)]
+    before = [state.prefix_queried_tokens for state in states()]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: complete(url, prompt), prompts))
+    assert {answer.status_code for answer in answers} == {200}
+    now = [state.prefix_queried_tokens for state in states()]
+    shares = [after - then for after, then in zip(now, before, strict=True)]
+    assert min(shares) >= sum(shares) / 4, f"tokens that the replicas were sent: {shares}"
+
+
 def test_what_a_replica_refuses_reaches_the_client(url):
     answer = complete(url, [5] * 600)
     assert answer.status_code == 400
@@ -177,21 +190,58 @@ def test_calls_reach_a_replica_whose_queue_is_full():
     assert replicas._bound_deployment.max_ongoing_requests >= 100 + 3 + 5
 
 
-def test_only_what_was_routed_counts_as_a_load():
-    """Ray says that a call to all replicas has ended, too, and never that it was routed."""
-    from ray.serve._private.common import RequestMetadata
-    from ray.serve.request_router import PendingRequest
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_the_prefix_cache_can_be_left_out(prefix_cache):
+    """As a model with a sliding window needs it."""
+    from minipaged.serving.replicas import Arguments, build
 
+    (replicas,) = build(Arguments(prefix_cache=prefix_cache))._bound_deployment.init_args
+    _, options, _ = replicas._bound_deployment.init_args
+    assert EngineOptions(**options).enable_prefix_caching == prefix_cache
+
+
+def a_router():
     from minipaged.serving.replicas import PrefixAwareRouter
-    from minipaged.serving.stream import NewRequest
 
     router = PrefixAwareRouter.__new__(PrefixAwareRouter)  # the rest of it needs a cluster
     router.initialize_state(16, 4)
-    calls = [[NewRequest("0", [7] * 40, SamplingParams())]]
-    metadata = RequestMetadata(request_id="0", internal_request_id="sent")
-    request = PendingRequest(args=calls, kwargs={}, metadata=metadata, future=Future())
+    return router
+
+
+def pending(name, token):
+    """What Ray has of a request that it has not sent yet."""
+    from ray.serve._private.common import RequestMetadata
+    from ray.serve.request_router import PendingRequest
+
+    from minipaged.serving.stream import NewRequest
+
+    calls = [[NewRequest(name, [token] * 40, SamplingParams())]]
+    metadata = RequestMetadata(request_id=name, internal_request_id=name)
+    return PendingRequest(args=calls, kwargs={}, metadata=metadata, future=Future())
+
+
+def test_what_is_chosen_for_counts_until_it_is_sent_or_given_up():
+    router = a_router()
+    replicas = [SimpleNamespace(replica_id=name) for name in ("one", "two")]
+
+    def choose(request):
+        ranked = asyncio.run(router.choose_replicas(replicas, request))
+        return ranked[0][0].replica_id
+
+    requests = [pending(str(i), token=i) for i in range(6)]
+    chosen = [choose(request) for request in requests]
+    assert sorted(chosen) == ["one"] * 3 + ["two"] * 3
+    assert choose(requests[0]) == chosen[0], "a second choice for one request is no second request"
+    router.on_request_routed(requests[0], chosen[0], None)
+    del requests[1:]
+    assert choose(pending("last", token=9)) != chosen[0], "five have given up, one was sent"
+
+
+def test_only_what_was_routed_counts_as_a_load():
+    """Ray says that a call to all replicas has ended, too, and never that it was routed."""
+    router = a_router()
     router.on_request_completed("one", "to all")
-    router.on_request_routed(request, "one", None)
+    router.on_request_routed(pending("sent", token=7), "one", None)
     for replica in ("one", "two"):
         router.on_request_completed(replica, "to all")
     assert {name: router._loads[name] for name in ("one", "two")} == {"one": 1, "two": 0}

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -95,6 +96,9 @@ class PrefixAwareRouter(FIFOMixin, RequestRouter):
         self._prefixes: PrefixRouter[ReplicaID] = PrefixRouter(block_size, slack)
         self._loads: Counter[ReplicaID] = Counter()
         self._routed: set[str] = set()
+        # Of requests that come together all are chosen for before the first one is sent; who gives
+        # up before it is sent takes its future along.
+        self._chosen: WeakKeyDictionary[asyncio.Future, ReplicaID] = WeakKeyDictionary()
 
     async def choose_replicas(
         self,
@@ -104,8 +108,14 @@ class PrefixAwareRouter(FIFOMixin, RequestRouter):
         """Ranks of one replica each; Ray takes the first that has room."""
         replicas = {replica.replica_id: replica for replica in candidate_replicas}
         prompt, salt = _prefix_of(pending_request)
-        loads = {replica_id: self._loads[replica_id] for replica_id in replicas}
-        return [[replicas[i]] for i in self._prefixes.rank(prompt, loads, salt)]
+        if pending_request is not None:
+            self._chosen.pop(pending_request.future, None)  # it is chosen for again
+        on_the_way = Counter(self._chosen.values())
+        loads = {i: self._loads[i] + on_the_way[i] for i in replicas}
+        ranked = self._prefixes.rank(prompt, loads, salt)
+        if pending_request is not None:
+            self._chosen[pending_request.future] = ranked[0]
+        return [[replicas[i]] for i in ranked]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult
@@ -113,6 +123,7 @@ class PrefixAwareRouter(FIFOMixin, RequestRouter):
         """A request was sent to a replica."""
         prompt, salt = _prefix_of(pending_request)
         self._prefixes.remember(prompt, replica_id, salt)
+        self._chosen.pop(pending_request.future, None)
         self._loads[replica_id] += 1
         self._routed.add(pending_request.metadata.internal_request_id)
 
@@ -213,6 +224,7 @@ class Arguments(BaseModel):
     num_replicas: Annotated[int, Field(ge=1)] = 2
     num_gpus: Annotated[float, Field(ge=0)] = 0
     slack: Annotated[int, Field(ge=0)] = 4
+    prefix_cache: bool = True
     isolate_keys: bool = False
     max_queued: Annotated[int, Field(ge=1)] = 256
     dtype: str = "auto"
@@ -230,6 +242,7 @@ def build(arguments: Arguments) -> Application:
     """
     given = arguments.model_dump()
     options = {name: given[name] for name in ENGINE_OPTIONS}
+    options["enable_prefix_caching"] = arguments.prefix_cache
     replicas = serve.deployment(
         Replica,
         name="replica",
@@ -240,7 +253,7 @@ def build(arguments: Arguments) -> Application:
             request_router_class=PrefixAwareRouter,
             request_router_kwargs={"block_size": arguments.block_size, "slack": arguments.slack},
         ),
-    ).bind(arguments.model, {**options, "enable_prefix_caching": True}, arguments.max_queued)
+    ).bind(arguments.model, options, arguments.max_queued)
     keys = os.environ.get("MINIPAGED_API_KEY", "").split()
     name = arguments.served_model_name or Path(arguments.model).name
 
