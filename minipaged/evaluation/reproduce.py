@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import shlex
 import subprocess
@@ -59,7 +60,8 @@ def reproduce(
     on_progress(len(results), len(tasks))
     left = {key: task for key, task in tasks.items() if key not in results}
     # The largest last tasks of a list would leave the other processes without work.
-    with ProcessPoolExecutor(processes) as pool:
+    # Whoever asks may have threads, such as torch's, and a fork of them can wait for ever.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         futures = {
             pool.submit(task.function, **task.arguments): key
             for key, task in reversed(left.items())
