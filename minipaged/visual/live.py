@@ -113,10 +113,10 @@ class StreamView:
         if output.request_id in self._ranked and not whole:
             return
         for completion in output.outputs:
-            name, text = self._name(output, completion.index), printable(completion.text)
+            name, text = self._name(output, completion.index), completion.text
             key = output.request_id, completion.index
             done = whole or completion.finish_reason is not None
             end = len(text) if done else text.rfind("\n") + 1
-            for line in text[self._printed[key] : end].splitlines():
+            for line in printable(text[self._printed[key] : end]).splitlines():
                 self.console.print(Text(f"{name} | {line}"), soft_wrap=True)
             self._printed[key] = max(end, self._printed[key])
