@@ -66,7 +66,8 @@ def run_kernel(connection_file: str, folder: str) -> None:
     os.chdir(folder)
     from ipykernel.kernelapp import IPKernelApp
 
-    IPKernelApp.launch_instance(["-f", connection_file])
+    # It would warn that others might listen on this machine, to what the book is to show anyway.
+    IPKernelApp.launch_instance(["-f", connection_file, "--log-level=ERROR"])
 
 
 def end_with_the_parent() -> None:

@@ -120,6 +120,15 @@ def test_an_interrupt_leaves_nothing_behind(llm):
     llm.generate("ROMEO:")
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+    """Even where the tests were started in the background, where a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_does_not_interrupt_a_step(llm, monkeypatch):
     def pressed_within(plan):
         signal.raise_signal(signal.SIGINT)

@@ -1,7 +1,8 @@
 """Grades submissions: what counts is decided here, where no learner code ever runs.
 
 The list of tasks, at zero, comes first.  Each lesson of a submission is tested in a process of
-its own (judge.py), and only a result that was expected, from a test that must exist, changes it.
+its own (judge.py, asked by judges.py), and only a result that was expected, from a test that must
+exist, changes it.
 Learner code shares that process with the tests and could bend them.  So the tests are given names
 drawn for this session, and among them are canaries, tests that must fail under any honest
 conditions: where one passes, nothing that came out of the process is believed.
@@ -10,7 +11,6 @@ conditions: where one passes, nothing that came out of the process is believed.
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import json
 import os
@@ -20,17 +20,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minipaged.course.bundle import CONFIGURATION, TASK_MARK, check_hidden, write_bundle
+from minipaged.course.judges import Judges
 from minipaged.course.lesson import ROOT, Lesson, LessonError, Task
 from minipaged.course.submission import Submission, name_of, printable, suspicious
-from minipaged.course.testing import LEAN
+from minipaged.course.testing import WITHOUT
 
 NOBODY = 65534
 
@@ -135,7 +135,6 @@ class Grader:
         self._hidden = hidden
         self.names: dict[str, str] = {}  # of a test in this session to its own name
         self._canaries: set[str] = set()
-        self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="minipaged-grading-")
         self.home = Path(self._folder.name)
         # Where the solutions could be read from is not among what learner code may open.
@@ -150,10 +149,16 @@ class Grader:
             write_bundle(self.lessons, self.bundle)
         for lesson in self.lessons:
             self._write_tests(lesson)
-        self._expected = {lesson.number: self._expect(lesson) for lesson in self.lessons}
+        self._judges = Judges(self.bundle, self._environment(self.home), self.home / "said")
+        try:
+            self._expected = {lesson.number: self._expect(lesson) for lesson in self.lessons}
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._judges.close()
         self._folder.cleanup()
 
     def _tests(self, lesson: Lesson) -> Path:
@@ -203,23 +208,19 @@ class Grader:
 
         They are collected and not run, for here only their names are asked for.
         """
-        with tempfile.TemporaryDirectory(dir=self.home) as scratch:
-            report = Path(scratch) / "report.json"
+        with tempfile.TemporaryDirectory(dir=self.home) as name:
+            scratch = Path(name)
+            report = scratch / "report.json"
             own = self.bundle / "lessons" / lesson.name / "stubs"
-            command = [sys.executable, "-m", "pytest", *self._arguments(lesson, own)]
-            command += ["--collect-only", f"--lesson-report={report}"]
-            done = subprocess.run(
-                command,
-                cwd=self.bundle,
-                env=self._environment(Path(scratch)),
-                capture_output=True,
-                text=True,
-            )
+            collect = ["--collect-only", f"--lesson-report={report}"]
+            order = {
+                "arguments": [*self._arguments(lesson, own), *collect],
+                "environment": self._environment(scratch),
+            }
+            self._judges.run(order, scratch / "said", self.limits.total)
+            said = (scratch / "said").read_text("utf-8", errors="replace")[-4000:]
             if not report.exists():
-                raise LessonError(
-                    f"the tests of lesson {lesson.number} do not run: {done.stdout[-2000:]}"
-                    f"{done.stderr[-2000:]}"
-                )
+                raise LessonError(f"the tests of lesson {lesson.number} do not run: {said}")
             outcomes = json.loads(report.read_text("utf-8"))
         if outcomes["broken"]:
             raise LessonError(
@@ -229,7 +230,7 @@ class Grader:
         if untested := [number for number, cases in expected.items() if not cases]:
             raise LessonError(
                 f"no test of task {untested[0]} can be run here; is something not installed? "
-                f"pytest says: {done.stdout[-2000:]}"
+                f"pytest says: {said}"
             )
         return expected
 
@@ -251,7 +252,7 @@ class Grader:
             f"--hypothesis-seed={self.seed}",
             f"--task-seconds={self.limits.seconds}",
             "-q",
-            *LEAN,
+            *WITHOUT,
         ]
 
     def _environment(self, scratch: Path) -> dict[str, str]:
@@ -260,8 +261,6 @@ class Grader:
         return {
             **{name: os.environ[name] for name in kept if name in os.environ},
             "PYTHONPATH": str(self.bundle),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "HYPOTHESIS_PROFILE": "grading",
             "HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "examples"),
             "OMP_NUM_THREADS": "1",
@@ -366,61 +365,21 @@ class Grader:
         user = unprivileged_user()
         if user is not None:
             os.chown(scratch, user, user)
-        key = secrets.token_hex(16)
         package = [str(self.bundle / name) for name in ("minipaged", "cuda", "tests")]
         readable = [*package, str(scratch), sys.prefix, sys.base_prefix, str(own.parent)]
         order = {
-            "key": key,
-            "own": str(own.parent),
             "arguments": self._arguments(lesson, own),
-            "readable": [os.path.realpath(path) + "/" for path in readable],
-            "seconds": self.limits.total,
-            "memory": self.limits.memory,
+            "environment": self._environment(scratch),
+            "confined": {
+                "user": user,
+                "own": str(own.parent),
+                "readable": [os.path.realpath(path) + "/" for path in readable],
+                "seconds": self.limits.total,
+                "memory": self.limits.memory,
+            },
         }
-        read, write = os.pipe()
         said = home / f"said-{lesson.number}"
-        with (
-            open(read, encoding="utf-8", errors="replace") as results,
-            open(said, "wb") as errors,
-        ):
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "minipaged.course.judge", str(write)],
-                    cwd=self.bundle,
-                    env=self._environment(scratch),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                    pass_fds=[write],
-                    start_new_session=True,
-                    user=user,
-                )
-            finally:
-                os.close(write)
-            stop = threading.Timer(self.limits.total, kill_group, [process.pid])
-            stop.start()
-            try:
-                assert process.stdin is not None
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write(json.dumps(order).encode() + b"\n")
-                    process.stdin.close()
-                messages = list(_messages(results, key))
-                process.wait()
-            finally:
-                stop.cancel()
-                kill_group(process.pid)  # what it may have left behind
-        return _outcomes(messages)
-
-
-def _messages(lines: Iterable[str], key: str) -> Iterator[dict[str, Any]]:
-    """What the judge said; lines that do not have its key are nobody's."""
-    for count, line in enumerate(lines):
-        if count > 100_000:
-            return
-        with contextlib.suppress(ValueError):
-            message = json.loads(line)
-            if isinstance(message, dict) and message.pop("key", None) == key:
-                yield message
+        return _outcomes(self._judges.run(order, said, self.limits.total))
 
 
 def _outcomes(messages: list[dict[str, Any]]) -> tuple[dict[str, str | None], str, bool]:
@@ -449,12 +408,6 @@ def unprivileged_user() -> int | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return NOBODY
-
-
-def kill_group(pid: int) -> None:
-    """End a process and all that it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, 9)
 
 
 def grade_all(grader: Grader, paths: Sequence[Path], jobs: int = 2) -> Iterator[Grade]:

@@ -1,7 +1,8 @@
-"""Runs learner code for the grader: in a process that may do little, and decides nothing.
+"""Runs learner code for the grader: in processes that may do little, and decide nothing.
 
-Reads what to do from its standard input, runs pytest, and sends each result as a line to the
-process that grades, which knows what results there must be.
+The grader starts this once.  It imports what takes long, and forks a judge whenever it is asked
+to.  A judge reads its order, runs pytest, and sends each result as a line to the grader, which
+knows what results there must be.
 """
 
 from __future__ import annotations
@@ -10,9 +11,20 @@ import contextlib
 import json
 import os
 import resource
+import socket
+import struct
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
+
+PROCESS = struct.Struct("q")
+"""What the grader and this say to each other: a process.
+
+With the files of an order, of the results and of what is said, the grader asks for a judge, and is
+told its process; with the process of a judge alone it asks for its end, and is told it again.
+"""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -140,22 +152,86 @@ class Sender:
         os.write(self._channel, line.encode())
 
 
-def main() -> None:
-    """Do what standard input says, once."""
-    order = json.loads(sys.stdin.readline())
-    channel = int(sys.argv[1])
-    sys.argv = ["pytest"]
-    limit(order["seconds"], order["memory"])
-    import hypothesis  # noqa: F401  (before learner code can)
-    import pytest
+def judge(order: dict[str, Any], results: int) -> None:
+    """Run pytest as the order says, here and now.
 
-    own = Path(order["own"])
-    forbid(own, order["readable"])
-    sender = Sender(channel, order.pop("key"))
-    code = pytest.main(order["arguments"], plugins=[sender])
-    sender._send({"ended": int(code)})
-    os._exit(0)
+    order: `arguments` of pytest, `environment`, a `key` that shows that a result is from here; for
+    learner code besides `confined`: the user to run it as, where it is, its limits.
+    """
+    environment = order["environment"]
+    os.environ.update(environment)
+    tempfile.tempdir = None  # the order names another
+    sys.argv = ["pytest"]
+    from minipaged.course.warm_up import run_pytest  # everything, before learner code can
+
+    sender = Sender(results, order.pop("key"))
+    confined = order.get("confined")
+    if confined is not None:
+        os.dup2(0, 1)  # nobody reads what it prints
+        sys.dont_write_bytecode = True
+        if confined["user"] is not None:
+            os.setgroups([])
+            os.setgid(confined["user"])
+            os.setuid(confined["user"])
+        limit(confined["seconds"], confined["memory"])
+        forbid(Path(confined["own"]), confined["readable"])
+    code = run_pytest(order["arguments"], environment["HYPOTHESIS_STORAGE_DIRECTORY"], sender)
+    sender._send({"ended": code})
+
+
+def serve(control: socket.socket) -> None:
+    """Fork judges, and end them, until the grader has gone."""
+    from minipaged.course import warm_up  # noqa: F401
+
+    judges: set[int] = set()
+    while True:
+        message, files, _, _ = socket.recv_fds(control, PROCESS.size, 3, socket.MSG_WAITALL)
+        if not message:
+            break
+        (process,) = PROCESS.unpack(message)
+        if files:
+            process = os.fork()
+            if process == 0:
+                control.close()
+                _begin(*files)
+            judges.add(process)
+            with contextlib.suppress(OSError):  # it has done so, and may have ended
+                os.setpgid(process, process)
+            for file in files:
+                os.close(file)
+        else:
+            judges.remove(process)
+            _end(process)
+        control.sendall(PROCESS.pack(process))
+    for process in judges:
+        _end(process)
+
+
+def _begin(order: int, results: int, said: int) -> None:
+    """In a new process: be a judge, and end."""
+    try:
+        os.setpgid(0, 0)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        os.close(said)
+        with open(order, encoding="utf-8") as file:
+            judge(json.load(file), results)
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def _end(process: int) -> None:
+    """End a judge, and all that it has started; until now nobody else has its number."""
+    for kill in (os.killpg, os.kill):  # it may have left its group
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(process, 9)
+    os.waitpid(process, 0)
 
 
 if __name__ == "__main__":
-    main()
+    with socket.socket(fileno=int(sys.argv[1])) as grader:
+        serve(grader)

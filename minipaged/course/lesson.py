@@ -79,7 +79,6 @@ class Lesson:
 
     requires: earlier lessons, by number, whose modules this one builds on.
     sections: of the paper.
-    bugs: planted bugs that the tests of the lesson must catch, by the names of their files.
     run: a command of `minipaged` that runs on what was written; None where the notebook alone does.
     """
 
@@ -90,7 +89,6 @@ class Lesson:
     minutes: int
     requires: tuple[int, ...]
     tasks: tuple[Task, ...]
-    bugs: tuple[str, ...]
     run: str | None
 
     @property
@@ -191,7 +189,6 @@ def read_lesson(folder: Path) -> Lesson:
             folder=folder,
             tasks=tasks,
             requires=tuple(fields.pop("requires", ())),
-            bugs=tuple(fields.pop("bugs", ())),
             run=fields.pop("run", None),
             **fields,
         )

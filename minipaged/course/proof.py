@@ -10,8 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import gc
-import importlib
 import json
 import multiprocessing
 import os
@@ -20,39 +18,19 @@ from collections.abc import Callable, Collection, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from _pytest.config import default_plugins
-
 from minipaged.course import notebooks
 from minipaged.course.lesson import Lesson, LessonError, Task
 from minipaged.course.stubs import (
     OPEN_TASK,
     mutants,
-    reference_bodies,
     stub_of,
     with_open_tasks,
     write_solution,
 )
 from minipaged.course.substitution import Files, substitute
-from minipaged.course.testing import PLUGINS, WITHOUT, TestOutcome, pytest_arguments
+from minipaged.course.testing import WITHOUT, TestOutcome, pytest_arguments
 
 FEWEST_BUGS = 6
-PRELOADED = [
-    "torch",
-    "numpy.random",
-    "pytest",
-    *(f"_pytest.{plugin}" for plugin in default_plugins),
-    "hypothesis.strategies",
-    "hypothesis.stateful",
-    "jaxtyping",
-    "typer",
-    "rich",
-    # The package, for what it imports; its own modules are imported anew where one is replaced.
-    "minipaged.cli",
-    "minipaged.serving.server",
-    "minipaged.distributed.processes",
-    *PLUGINS,
-    "minipaged.course.warm_up",
-]
 
 
 class UnsoundLessonError(LessonError):
@@ -91,7 +69,7 @@ def run_forked(
 def forked(function: Callable[..., None], arguments: tuple) -> ForkServerProcess:
     """A function at work in a fork of a process that has imported what takes long."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["minipaged.course.warm_up"])
     process = context.Process(target=function, args=arguments)
     process.start()
     return process
@@ -123,23 +101,18 @@ def _run_pytest(
     arguments: list[str], files: Files, profile: str, folder: str, hypothesis_folder: str
 ) -> None:
     """In the new process: pytest, with all that it says in a file."""
-    gc.freeze()  # what was preloaded stays: nobody need look through it for garbage
     said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["HYPOTHESIS_PROFILE"] = profile
-    import pytest
     import torch
-    from hypothesis.configuration import set_hypothesis_home_dir
 
-    set_hypothesis_home_dir(hypothesis_folder)
+    from minipaged.course.warm_up import run_pytest
+
     torch.set_num_threads(1)
     if files:
         substitute(files)
-    # Given as modules: by name, pytest would look for them among all that is installed.
-    plugins = [importlib.import_module(name) for name in (*PLUGINS, "minipaged.course.plugin")]
-    os._exit(pytest.main(arguments, plugins))
+    os._exit(run_pytest(arguments, hypothesis_folder))
 
 
 @contextlib.contextmanager
@@ -222,24 +195,24 @@ def check_passes(lesson: Lesson, change: dict | None = None) -> None:
 
 
 def check_bug_is_caught(lesson: Lesson, bug: dict) -> None:
-    """The tests fail on this bug, and do not merely break; those of its own task come first."""
+    """The test that the bug names fails on it, and does not merely break."""
+    tests = [str(lesson.folder / bug["caught_by"])] if "caught_by" in bug else []
     with solution(lesson, bug) as folder:
-        for task in dict.fromkeys([task_of(lesson, bug), None]):
-            outcome = run_on(lesson, folder, task, "-x", profile="planted")
-            if outcome.broken:
-                raise UnsoundLessonError(f"{bug['title']!r} breaks the tests: {outcome.broken}")
-            if set(outcome.cases.values()) - {None, "was not run", "was skipped"}:
-                return
-    raise UnsoundLessonError(f"{bug['title']!r} is not caught")
-
-
-def task_of(lesson: Lesson, bug: dict) -> str | None:
-    """The task in whose functions a bug is, if it is in one."""
-    old = bug.get("edits", [bug])[0]["old"].strip()
-    for task, _, body in reference_bodies(lesson):
-        if task.file == bug["file"] and old in body:
-            return task.number
-    return None
+        outcome = run_on(lesson, folder, None, "-x", *tests, profile="planted")
+    if outcome.broken:
+        raise UnsoundLessonError(f"{bug['title']!r} breaks the tests: {outcome.broken}")
+    failed = [
+        case
+        for case, error in outcome.cases.items()
+        if error not in (None, "was not run", "was skipped")
+    ]
+    if not failed:
+        raise UnsoundLessonError(f"{bug['title']!r} is not caught by {', '.join(tests) or 'any'}")
+    if not tests:
+        raise UnsoundLessonError(
+            f"{bug['title']!r} does not say which test catches it; "
+            f'write caught_by = "{failed[0].partition("[")[0]}" beside its name'
+        )
 
 
 def all_checks(lesson: Lesson) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -149,13 +149,16 @@ def plant(text: str, bug: dict) -> str:
 def mutants(lesson: Lesson) -> tuple[dict[str, dict], dict[str, dict]]:
     """The planted bugs of a lesson and the correct solutions of another shape, by name.
 
-    Those of its mutants.toml, and the bugs of the whole project that it names.
+    Its mutants.toml has them; a bug that has no file there is one of the whole project.  Each bug
+    says in `caught_by` which test of the lesson it fails.
     """
     path = lesson.folder / "mutants.toml"
     own = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
-    bugs = {name: read_bug(name) for name in lesson.bugs}
-    bugs |= {bug["name"]: bug for bug in own.get("bugs", ())}
-    return bugs, {variant["name"]: variant for variant in own.get("variants", ())}
+    bugs = [
+        bug if "file" in bug else {**read_bug(bug["name"]), **bug} for bug in own.get("bugs", ())
+    ]
+    variants = own.get("variants", ())
+    return {bug["name"]: bug for bug in bugs}, {variant["name"]: variant for variant in variants}
 
 
 def write_solution(lesson: Lesson, folder: Path, change: dict | None = None) -> None:
