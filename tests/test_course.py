@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from command import minipaged
+from command import LEAN, minipaged
 from typer.testing import CliRunner
 
 from minipaged.cli import app
@@ -19,10 +19,16 @@ from minipaged.course.bundle import write_autograder, write_bundle
 from minipaged.course.grading import Grader
 from minipaged.course.lesson import LessonError, find_lesson, find_task, parse_numbers, read_lesson
 from minipaged.course.narration import Narrated, Story, story
-from minipaged.course.proof import call_forked, run_on, solution
+from minipaged.course.proof import (
+    UnsoundLessonError,
+    call_forked,
+    check_bug_is_caught,
+    run_on,
+    solution,
+)
 from minipaged.course.stubs import mutants, open_task, stub_of
 from minipaged.course.substitution import LessonFinder, overlay, substitute
-from minipaged.course.testing import LEAN, pytest_arguments
+from minipaged.course.testing import pytest_arguments
 
 ROOT = Path(__file__).parents[1]
 FILE = "minipaged/memory/block_allocator.py"
@@ -37,9 +43,8 @@ def lessons(tmp_path, monkeypatch):
     shutil.copytree(LESSON.folder, folder / LESSON.name, ignore=own)
     (folder / LESSON.name / "block_allocator.py").unlink(missing_ok=True)
     monkeypatch.setenv("MINIPAGED_LESSONS", str(folder))
-    # What pytest is started with where it is started often.
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setenv("PYTEST_ADDOPTS", " ".join(LEAN))
+    for name, value in LEAN.items():
+        monkeypatch.setenv(name, value)
     return folder / LESSON.name
 
 
@@ -169,6 +174,23 @@ def test_a_kernel_is_emptied_between_its_braces():
             text = open_task((ROOT / task.file).read_text(), task)
             assert text.count("{") == text.count("}")
             assert text.count(f'not_implemented("Task {task.number}: ') == len(task.empty)
+
+
+@pytest.mark.parametrize(
+    ("caught_by", "complaint"),
+    [
+        ("test_block_allocator.py::test_every_block_is_given_out_once", "is not caught by"),
+        ("test_block_allocator.py::test_that_nobody_wrote", "is not caught by"),
+        (None, 'does not say which test catches it; write caught_by = "test_block_allocator.py::'),
+    ],
+)
+def test_a_bug_must_be_caught_by_the_test_that_it_names(caught_by, complaint):
+    bugs, _ = mutants(LESSON)
+    bug = {**bugs["free_at_the_first_goodbye"], "caught_by": caught_by}
+    if caught_by is None:
+        del bug["caught_by"]
+    with pytest.raises(UnsoundLessonError, match=re.escape(complaint)):
+        check_bug_is_caught(LESSON, bug)
 
 
 def test_a_failure_tells_the_task_the_state_and_the_way_there(tmp_path):

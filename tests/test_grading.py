@@ -15,22 +15,24 @@ import tracemalloc
 import zipfile
 
 import pytest
+from command import LEAN
 from hypothesis import settings
 
 from minipaged.cli.course import found_submissions
 from minipaged.course.bundle import write_autograder, write_bundle
 from minipaged.course.grading import Grader, Limits, grade_all
+from minipaged.course.judges import Judges
 from minipaged.course.lesson import ROOT, LessonError, all_lessons, find_lesson
 from minipaged.course.reports import gradescope_results, summary, write_csv
 from minipaged.course.stubs import mutants, plant, stub_of, write_solution
 from minipaged.course.submission import Submission, suspicious
-from minipaged.course.testing import LEAN
 
 FILE = "minipaged/memory/block_allocator.py"
 LESSON = find_lesson(3)
 REFERENCE = (ROOT / FILE).read_text("utf-8")
 STUB = stub_of(LESSON, FILE)
 
+SECRET = "nobody may know this"
 HIDDEN = '''
 """Hidden tests of lesson 3."""
 import pytest
@@ -53,8 +55,10 @@ def hidden(tmp_path_factory):
 @pytest.fixture(scope="module")
 def grader(hidden):
     limits = Limits(seconds=3, total=40, memory=3 << 30)
-    with Grader([LESSON], hidden, limits=limits, seed=7, check_imports=False) as grader:
-        yield grader
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INSTRUCTORS_PASSWORD", SECRET)
+        with Grader([LESSON], hidden, limits=limits, seed=7, check_imports=False) as grader:
+            yield grader
 
 
 def submission(folder, text, name="block_allocator.py"):
@@ -153,6 +157,37 @@ def test_a_property_is_paid_by_the_bugs_it_catches(grader, tmp_path):
     assert len(missed) >= 2
     share = 1 - len(missed) / len(grade.tasks[3].cases)
     assert points(grade)["3.4"] == pytest.approx(40 * share, abs=0.01)
+
+
+def test_learner_code_is_told_nothing_of_the_instructors_environment(grader, tmp_path):
+    assert os.environ["INSTRUCTORS_PASSWORD"] == SECRET
+    text = f"""
+import os
+told = repr(os.environ)
+for process in ("self", os.getppid()):
+    try:
+        told += open(f"/proc/{{process}}/environ").read()
+    except OSError:
+        pass
+assert {SECRET!r} not in told
+"""
+    assert grader.grade(submission(tmp_path / "anna", REFERENCE + text)).total == 100
+
+
+def test_a_death_of_the_process_that_is_forked_costs_nobody_a_grade(grader, tmp_path):
+    server = grader._judges._server
+    server.kill()
+    server.wait()
+    assert grader.grade(submission(tmp_path / "anna", REFERENCE)).total == 100
+
+
+def test_why_there_can_be_no_judge_is_said(grader, tmp_path):
+    environment = {"PYTHONPATH": str(tmp_path)}
+    (tmp_path / "torch.py").write_text("raise ValueError('not today')")
+    judges = Judges(tmp_path, environment, tmp_path / "complaints")
+    with pytest.raises(LessonError, match=r"(?s)that judges has ended: .*not today"):
+        judges.run({}, tmp_path / "said", seconds=60)
+    judges.close()
 
 
 def test_what_only_hidden_tests_find(grader, tmp_path):
@@ -554,11 +589,10 @@ def test_a_bundle_has_no_solution_and_works(tmp_path):
     assert (tmp_path / "bundle" / FILE).read_text() == STUB
     assert not (own.parent / "mutants.toml").exists()
     own.write_text(REFERENCE)
-    lean = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": " ".join(LEAN)}
     done = subprocess.run(
         [sys.executable, "-m", "minipaged", "lesson", "test", "3"],
         cwd=tmp_path / "bundle",
-        env={**os.environ, **lean, "PYTHONPATH": str(tmp_path / "bundle")},
+        env={**os.environ, **LEAN, "PYTHONPATH": str(tmp_path / "bundle")},
         capture_output=True,
         text=True,
     )

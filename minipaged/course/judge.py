@@ -199,7 +199,7 @@ def serve(control: socket.socket) -> None:
                 os.setpgid(process, process)
             for file in files:
                 os.close(file)
-        else:
+        elif process in judges:  # not one of a server that has died
             judges.remove(process)
             _end(process)
         control.sendall(PROCESS.pack(process))

@@ -23,18 +23,21 @@ class Judges:
 
     folder: where they are, with a package of their own.
     environment: all that they know of this process's environment.
-    complaints: a file for what that process says.
+    complaints: a file for what that process says; if it dies, the next to ask starts another.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str], complaints: Path) -> None:
-        self._complaints = complaints
+        self._folder, self._environment, self._complaints = folder, environment, complaints
         self._lock = threading.Lock()
+        self._start()
+
+    def _start(self) -> None:
         self._control, theirs = socket.socketpair()
-        with theirs, open(complaints, "wb") as errors:
+        with theirs, open(self._complaints, "wb") as errors:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "minipaged.course.judge", str(theirs.fileno())],
-                cwd=folder,
-                env=environment,
+                cwd=self._folder,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
@@ -79,12 +82,16 @@ class Judges:
     def _ask(self, process: int = 0, files: Sequence[int] = ()) -> int:
         """For a judge with these files, or for the end of one; see PROCESS."""
         with self._lock:
+            if self._server.poll() is not None:
+                self._control.close()
+                self._start()
             try:
                 socket.send_fds(self._control, [PROCESS.pack(process)], files)
                 answer = self._control.recv(PROCESS.size, socket.MSG_WAITALL)
             except OSError:
                 answer = b""
         if not answer:
+            self._server.wait()  # until it has said why
             complaints = self._complaints.read_text("utf-8", errors="replace")
             raise LessonError(f"the process that judges has ended: {complaints[-2000:]}")
         return int(PROCESS.unpack(answer)[0])

@@ -196,7 +196,8 @@ def check_passes(lesson: Lesson, change: dict | None = None) -> None:
 
 def check_bug_is_caught(lesson: Lesson, bug: dict) -> None:
     """The test that the bug names fails on it, and does not merely break."""
-    tests = [str(lesson.folder / bug["caught_by"])] if "caught_by" in bug else []
+    named = bug.get("caught_by")
+    tests = [str(lesson.folder / named)] if named else []
     with solution(lesson, bug) as folder:
         outcome = run_on(lesson, folder, None, "-x", *tests, profile="planted")
     if outcome.broken:
@@ -207,8 +208,8 @@ def check_bug_is_caught(lesson: Lesson, bug: dict) -> None:
         if error not in (None, "was not run", "was skipped")
     ]
     if not failed:
-        raise UnsoundLessonError(f"{bug['title']!r} is not caught by {', '.join(tests) or 'any'}")
-    if not tests:
+        raise UnsoundLessonError(f"{bug['title']!r} is not caught by {named or 'any test'}")
+    if not named:
         raise UnsoundLessonError(
             f"{bug['title']!r} does not say which test catches it; "
             f'write caught_by = "{failed[0].partition("[")[0]}" beside its name'

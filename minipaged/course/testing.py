@@ -19,9 +19,6 @@ PLUGINS = ("pytest_timeout", "_hypothesis_pytestplugin")
 UNUSED = """cacheprovider unraisableexception threadexception
     doctest legacypath pastebin setuponly setupplan"""
 WITHOUT = [f"-pno:{name}" for name in UNUSED.split()]
-LEAN = [*(f"-p{name}" for name in PLUGINS), *WITHOUT]
-"""What to give pytest, with PYTEST_DISABLE_PLUGIN_AUTOLOAD set, where it is started often: to look
-for plugins at the beginning, and for garbage at the end, takes it half a second."""
 
 
 @dataclass(frozen=True)
