@@ -49,7 +49,6 @@ def compile_cpp(*arguments):
     """Run the compiler with the flags of the emulated kernels, but for the optimization."""
     folders = [Path(torch.__file__).parent / "include", sysconfig.get_path("include")]
     options = [
-        "-std=c++17",  # of C++20 every library gets a std::string of its own
         "-fPIC",
         *build.EMULATED_FLAGS,
         "-O0",
