@@ -618,18 +618,19 @@ def test_the_autograder_runs_as_gradescope_runs_it(tmp_path, hidden):
     assert os.access(folder / "run_autograder", os.X_OK)
     assert "torch" not in (folder / "setup.sh").read_text(), "lesson 3 needs no torch"
     results = tmp_path / "results" / "results.json"
-    for text, score in ((REFERENCE, 100), (STUB, 0)):
-        done = subprocess.run(
-            [sys.executable, "-m", "minipaged.course.gradescope", "submission", str(results)],
-            cwd=submission(tmp_path / "submission", text).parent,
-            env={**os.environ, "PYTHONPATH": str(folder)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        report = json.loads(results.read_text())
-        assert report["score"] == score
-        assert sum(test["max_score"] for test in report["tests"]) == 100
+    bugs, _ = mutants(LESSON)
+    text = plant(REFERENCE, bugs["sharer_not_counted"])
+    done = subprocess.run(
+        [sys.executable, "-m", "minipaged.course.gradescope", "submission", str(results)],
+        cwd=submission(tmp_path / "submission", text).parent,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(results.read_text())
+    assert report["score"] == 40
+    assert sum(test["max_score"] for test in report["tests"]) == 100
 
 
 def test_an_autograder_installs_what_the_tests_of_its_lessons_import(tmp_path):

@@ -43,12 +43,10 @@ ALLOWED = [
     for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
 ]
 
-# Of C++20, which torch asks for, every library gets a std::string of its own: a tenth of the time.
-# longjmp from one stack to another is what _FORTIFY_SOURCE forbids.
 EMULATED_FLAGS = [
-    "-O1",
-    "-std=c++17",
-    "-U_FORTIFY_SOURCE",
+    "-Og",  # a third less to compile than -O1, which runs a fifth faster
+    "-std=c++17",  # of C++20, which torch asks for, every library gets a std::string of its own
+    "-U_FORTIFY_SOURCE",  # it forbids longjmp from one stack to another
     "-Wno-unknown-pragmas",
     "-fvisibility=hidden",
 ]

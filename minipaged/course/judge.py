@@ -155,8 +155,9 @@ class Sender:
 def judge(order: dict[str, Any], results: int) -> None:
     """Run pytest as the order says, here and now.
 
-    order: `arguments` of pytest, `environment`, a `key` that shows that a result is from here; for
-    learner code besides `confined`: the user to run it as, where it is, its limits.
+    order: the `arguments` of pytest, the `environment`, a `key` to show that a result is from
+        here; for learner code also `confined`: the `user` to run it as, the folder that is its
+        `own`, what is `readable` (forbid), and `seconds` and `memory` (limit).
     """
     environment = order["environment"]
     os.environ.update(environment)
@@ -201,10 +202,11 @@ def serve(control: socket.socket) -> None:
                 os.close(file)
         elif process in judges:  # not one of a server that has died
             judges.remove(process)
-            _end(process)
+            kill(process)
+            os.waitpid(process, 0)  # until now nobody else has its number
         control.sendall(PROCESS.pack(process))
     for process in judges:
-        _end(process)
+        kill(process)
 
 
 def _begin(order: int, results: int, said: int) -> None:
@@ -224,12 +226,11 @@ def _begin(order: int, results: int, said: int) -> None:
         os._exit(0)
 
 
-def _end(process: int) -> None:
-    """End a judge, and all that it has started; until now nobody else has its number."""
-    for kill in (os.killpg, os.kill):  # it may have left its group
+def kill(process: int) -> None:
+    """End a judge, and all that it has started."""
+    for send in (os.killpg, os.kill):  # it may have left its group
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(process, 9)
-    os.waitpid(process, 0)
+            send(process, 9)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipaged.course.judge import PROCESS
+from minipaged.course.judge import PROCESS, kill
 from minipaged.course.lesson import LessonError
 
 
@@ -68,7 +68,7 @@ class Judges:
             finally:
                 os.close(order_read)
                 os.close(results_write)
-            stop = threading.Timer(seconds, _kill, [judge])
+            stop = threading.Timer(seconds, kill, [judge])
             stop.start()
             try:
                 with contextlib.suppress(BrokenPipeError):
@@ -95,13 +95,6 @@ class Judges:
             complaints = self._complaints.read_text("utf-8", errors="replace")
             raise LessonError(f"the process that judges has ended: {complaints[-2000:]}")
         return int(PROCESS.unpack(answer)[0])
-
-
-def _kill(judge: int) -> None:
-    """End a judge whose time is over, and all that it has started."""
-    for kill in (os.killpg, os.kill):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(judge, 9)
 
 
 def _messages(lines: Iterable[str], key: str) -> Iterator[dict[str, Any]]:
