@@ -54,7 +54,7 @@ def hidden(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grader(hidden):
-    limits = Limits(seconds=3, total=40, memory=3 << 30)
+    limits = Limits(seconds=3, total=40, memory=8 << 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INSTRUCTORS_PASSWORD", SECRET)
         with Grader([LESSON], hidden, limits=limits, seed=7, check_imports=False) as grader:
@@ -180,6 +180,18 @@ def test_a_death_of_the_process_that_is_forked_costs_nobody_a_grade(grader, tmp_
     server.kill()
     server.wait()
     assert grader.grade(submission(tmp_path / "anna", REFERENCE)).total == 100
+
+
+def test_what_cuts_the_tests_short_is_said(grader, tmp_path):
+    text = (
+        STUB
+        + "\nimport _pytest.nodes\n_pytest.nodes.Node._repr_failure_py = lambda *_, **__: 1 / 0\n"
+    )
+    grade = grader.grade(submission(tmp_path / "mallory", text))
+    assert grade.total == 0
+    assert grade.notes == [
+        "lesson 3: the tests were cut short: ZeroDivisionError: division by zero"
+    ]
 
 
 def test_why_there_can_be_no_judge_is_said(grader, tmp_path):
@@ -403,7 +415,6 @@ from block_allocator import *
 LIMITED = {
     "loops for ever": {"seconds": 1},
     "equals everything": {"seconds": 1},
-    "eats the memory": {"memory": 1 << 30},
 }
 
 

@@ -33,6 +33,8 @@ from minipaged.course.submission import Submission, name_of, printable, suspicio
 from minipaged.course.testing import WITHOUT
 
 NOBODY = 65534
+ENDED = (0, 1, 2, 5)
+"""Exit codes of a pytest that came to its end, whatever the tests said."""
 
 CANARIES = (
     "    raise AssertionError('this cannot be')",
@@ -339,7 +341,9 @@ class Grader:
             return grade.failed(lesson, f"results of tests that do not exist: {sorted(unknown)[0]}")
         if not ended:
             said = (home / f"said-{lesson.number}").read_text("utf-8", errors="replace")
-            last = said.strip().rpartition("\n")[2][:200] or "without a word"
+            lines = said.split("\n")
+            telling = [line for line in lines if "Error" in line] or list(filter(None, lines))
+            last = telling[-1].removeprefix("INTERNALERROR> ")[:200] if telling else "silently"
             grade.notes.append(f"lesson {lesson.number}: the tests were cut short: {last}")
         for task_grade in grade.tasks:
             if task_grade.lesson is not lesson:
@@ -393,7 +397,7 @@ def _outcomes(messages: list[dict[str, Any]]) -> tuple[dict[str, str | None], st
             error = None if message["passed"] is True else text or "failed"
             # A case that failed once has failed, whatever is said of it later.
             results[case] = results.get(case) or error
-        ended = ended or "ended" in message
+        ended = ended or message.get("ended") in ENDED
     return results, broken, ended
 
 
