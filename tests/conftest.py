@@ -22,11 +22,18 @@ def every_block_is_accounted_for(monkeypatch):
         manager.check_integrity()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
     """A headless Chromium (browser.py), or no test."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on the path to open the page with")
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """The same for all tests; whatever page one of them has opened is left."""
+    yield chromium
+    chromium.open("about:blank")

@@ -183,10 +183,10 @@ def test_a_death_of_the_process_that_is_forked_costs_nobody_a_grade(grader, tmp_
 
 
 def test_what_cuts_the_tests_short_is_said(grader, tmp_path):
-    text = (
-        STUB
-        + "\nimport _pytest.nodes\n_pytest.nodes.Node._repr_failure_py = lambda *_, **__: 1 / 0\n"
-    )
+    text = f"""{STUB}
+import _pytest.nodes
+_pytest.nodes.Node._repr_failure_py = lambda *_, **__: 1 / 0
+"""
     grade = grader.grade(submission(tmp_path / "mallory", text))
     assert grade.total == 0
     assert grade.notes == [

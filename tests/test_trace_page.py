@@ -186,6 +186,7 @@ def test_of_a_large_pool_the_blocks_in_use_are_drawn(tmp_path, browser):
     trace, _ = record(workload)
     page = tmp_path / "trace.html"
     write_trace_html(trace, page)
+    browser.look(1280, 900)
     browser.open(page.as_uri())
     before = set()
     for step in trace:
