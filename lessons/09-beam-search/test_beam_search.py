@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from effort import at_most
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from strategies import Request, Workload
 
@@ -210,6 +210,7 @@ def test_a_beam_that_can_only_draw_level_is_not_worth_going_on():
     length=st.integers(1, 9),
     early_stopping=stopping,
 )
+@example(width=2, running=[-5.0], complete=[-0.1], length=4, early_stopping=False)
 def test_a_search_goes_on_until_it_has_enough(width, running, complete, length, early_stopping):
     search = new_search(width, early_stopping=early_stopping)
     running, best = sorted(running, reverse=True), sorted(complete, reverse=True)[:width]

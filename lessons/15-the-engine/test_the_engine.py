@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from effort import at_most
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import EOS, Request, Workload, check_output, tiny_decoder, workloads
 
@@ -88,6 +88,7 @@ def tell_distribution(rows, params):
 
 @pytest.mark.task("15.1")
 @given(logits=logit_rows, params=shapes)
+@example(logits=[2.0, 1.75, 0.0, 0.0], params=SamplingParams(top_k=2, top_p=0.5))
 def test_the_distribution_is_that_of_the_definition(logits, params):
     tell_distribution([logits], [params])
     (got,) = token_distribution(torch.tensor([logits], dtype=torch.float64), [params]).tolist()
