@@ -235,6 +235,7 @@ def test_a_search_goes_on_until_it_has_enough(width, running, complete, length, 
     early_stopping=st.sampled_from([False, "never", "never"]),
     penalty=st.sampled_from([1.0, 0.0, 0.5, 2.0, -0.5, -1.0]),
 )
+@example(worst=-5.0, running=[-1.0], length=2, early_stopping="never", penalty=-1.0)
 def test_it_ends_when_nothing_can_get_better(worst, running, length, early_stopping, penalty):
     search = new_search(2, early_stopping=early_stopping, length_penalty=penalty)
     running = sorted(running, reverse=True)
