@@ -20,7 +20,7 @@ from hypothesis import settings
 
 from minipaged.cli.course import found_submissions
 from minipaged.course.bundle import write_autograder, write_bundle
-from minipaged.course.grading import Grader, Limits, grade_all
+from minipaged.course.grading import Grader, Limits, grade_all, unprivileged_user
 from minipaged.course.judges import Judges
 from minipaged.course.lesson import ROOT, LessonError, all_lessons, find_lesson
 from minipaged.course.reports import gradescope_results, summary, write_csv
@@ -160,7 +160,7 @@ def test_a_property_is_paid_by_the_bugs_it_catches(grader, tmp_path):
     assert points(grade)["3.4"] == pytest.approx(40 * share, abs=0.01)
 
 
-def test_learner_code_is_told_nothing_of_the_instructors_environment(grader, tmp_path):
+def test_learner_code_has_neither_the_instructors_environment_nor_the_rights(grader, tmp_path):
     assert os.environ["INSTRUCTORS_PASSWORD"] == SECRET
     text = f"""
 import os
@@ -171,6 +171,7 @@ for process in ("self", os.getppid()):
     except OSError:
         pass
 assert {SECRET!r} not in told
+assert {unprivileged_user()} is None or 0 not in (os.getuid(), os.getgid(), *os.getgroups())
 """
     assert grader.grade(submission(tmp_path / "anna", REFERENCE + text)).total == 100
 

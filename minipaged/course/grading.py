@@ -408,7 +408,8 @@ def unprivileged_user() -> int | None:
         return None
     try:
         command = [sys.executable, "-c", "import pytest"]
-        subprocess.run(command, check=True, user=NOBODY, capture_output=True, cwd="/")
+        rights: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        subprocess.run(command, check=True, capture_output=True, cwd="/", **rights)
     except (OSError, subprocess.SubprocessError):
         return None
     return NOBODY
