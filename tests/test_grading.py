@@ -195,7 +195,7 @@ _pytest.nodes.Node._repr_failure_py = lambda *_, **__: 1 / 0
     ]
 
 
-def test_why_there_can_be_no_judge_is_said(grader, tmp_path):
+def test_why_there_can_be_no_judge_is_said(tmp_path):
     environment = {"PYTHONPATH": str(tmp_path)}
     (tmp_path / "torch.py").write_text("raise ValueError('not today')")
     judges = Judges(tmp_path, environment, tmp_path / "complaints")
@@ -416,6 +416,7 @@ from block_allocator import *
 LIMITED = {
     "loops for ever": {"seconds": 1},
     "equals everything": {"seconds": 1},
+    "eats the memory": {"memory": 4 << 30},  # of which a torch for CUDA takes three by itself
 }
 
 

@@ -2,10 +2,9 @@
 
 The list of tasks, at zero, comes first.  Each lesson of a submission is tested in a process of
 its own (judge.py, asked by judges.py), and only a result that was expected, from a test that must
-exist, changes it.
-Learner code shares that process with the tests and could bend them.  So the tests are given names
-drawn for this session, and among them are canaries, tests that must fail under any honest
-conditions: where one passes, nothing that came out of the process is believed.
+exist, changes it.  Learner code shares that process with the tests and could bend them.  So the
+tests are given names drawn for this session, and among them are canaries, tests that must fail
+under any honest conditions: where one passes, nothing that came out of the process is believed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from minipaged.course.bundle import CONFIGURATION, TASK_MARK, check_hidden, writ
 from minipaged.course.judges import Judges
 from minipaged.course.lesson import ROOT, Lesson, LessonError, Task
 from minipaged.course.submission import Submission, name_of, printable, suspicious
-from minipaged.course.testing import WITHOUT
 
 NOBODY = 65534
 ENDED = (0, 1, 2, 5)
@@ -254,7 +252,6 @@ class Grader:
             f"--hypothesis-seed={self.seed}",
             f"--task-seconds={self.limits.seconds}",
             "-q",
-            *WITHOUT,
         ]
 
     def _environment(self, scratch: Path) -> dict[str, str]:
@@ -408,8 +405,15 @@ def unprivileged_user() -> int | None:
         return None
     try:
         command = [sys.executable, "-c", "import pytest"]
-        rights: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        subprocess.run(command, check=True, capture_output=True, cwd="/", **rights)
+        subprocess.run(
+            command,
+            check=True,
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+            capture_output=True,
+            cwd="/",
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return NOBODY

@@ -28,7 +28,7 @@ from minipaged.course.stubs import (
     write_solution,
 )
 from minipaged.course.substitution import Files, substitute
-from minipaged.course.testing import WITHOUT, TestOutcome, pytest_arguments
+from minipaged.course.testing import TestOutcome, pytest_arguments
 
 FEWEST_BUGS = 6
 
@@ -58,7 +58,7 @@ def run_forked(
     files: what takes the place of files of the package there.
     Returns its exit code, None if it had to be ended, and what it said.
     """
-    arguments = [*arguments, "-q", "--tb=native", *WITHOUT]
+    arguments = [*arguments, "-q", "--tb=native"]
     with tempfile.TemporaryDirectory() as folder:
         order = (arguments, dict(files or {}), profile, folder, _hypothesis_folder())
         code = call_forked(_run_pytest, order, seconds)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.errors import HypothesisSideeffectWarning
 
-from minipaged.course.testing import PLUGINS
+from minipaged.course.testing import PLUGINS, WITHOUT
 
 WANTED = [
     "torch",
@@ -45,7 +45,7 @@ def run_pytest(arguments: Sequence[str], hypothesis_folder: str, *plugins: objec
     """
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     set_hypothesis_home_dir(hypothesis_folder)
-    return int(pytest.main(list(arguments), [*_plugins, *plugins]))
+    return int(pytest.main([*arguments, *WITHOUT], [*_plugins, *plugins]))
 
 
 @settings(max_examples=5, database=None)
